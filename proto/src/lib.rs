@@ -1,0 +1,28 @@
+//! All that shim and agent share: the ttrpc service, the vsock ports and the preface of a stream.
+//! Knows nothing of containerd, of hypervisors, or of how either side does its work.
+
+pub mod agent;
+pub mod stream;
+
+/// Version of the conversation. Shim and guest image refuse each other when it differs: both come from
+/// one build, so a mismatch means that an old image lies beside a new shim.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Vsock port at which the host waits for the agent's control connection.
+pub const CONTROL_PORT: u32 = 1024;
+
+/// Vsock port at which the host waits for stdio streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Context id of the host on every vsock (`VMADDR_CID_HOST`, linux/vm_sockets.h).
+pub const HOST_CID: u32 = 2;
+
+/// Where the agent mounts the share of the sandbox in the guest.
+pub const SHARE_DIR: &str = "/run/bulkhead/share";
+
+/// Tag of the virtio-fs device that carries the share.
+pub const SHARE_TAG: &str = "share";
+
+/// Prefix of an error message for a command that is not in the container, after which the reason follows
+/// in the words that users know from runc.
+pub const EXEC_ERROR_PREFIX: &str = "exec: ";

@@ -1,0 +1,1 @@
+//! Starts, watches and ends virtual machines through one of several backends.

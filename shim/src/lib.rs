@@ -1,0 +1,1 @@
+//! containerd shim v2 that runs each pod in a virtual machine, and the operator's command.

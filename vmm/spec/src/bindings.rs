@@ -1,0 +1,30 @@
+//! What on the host backs each slot of a [`crate::Shape`].
+//! Knows paths and nothing else; the backend opens them.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// What backs a block device: a device node or a file of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockBinding {
+    /// The node or file.
+    pub path: PathBuf,
+}
+
+/// The host's side of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bindings {
+    /// Uncompressed ELF kernel.
+    pub kernel: PathBuf,
+    /// Initial root file system (cpio, newc).
+    pub initrd: PathBuf,
+    /// Directory behind the virtio-fs device; present exactly where the shape has a share.
+    pub share: Option<PathBuf>,
+    /// Unix socket of the vsock device. Guest-to-host port N arrives at `<path>_<N>`.
+    pub vsock: PathBuf,
+    /// One for each block device of the shape, in the same order.
+    pub blocks: Vec<BlockBinding>,
+    /// Directory for the sockets of the machine's helper programs; private to the machine.
+    pub run_dir: PathBuf,
+}

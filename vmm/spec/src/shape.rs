@@ -1,0 +1,45 @@
+//! What the guest can see of its machine: two machines of one shape are interchangeable to a guest.
+//! Knows nothing of the host's paths and descriptors; those are [`crate::Bindings`].
+
+use serde::{Deserialize, Serialize};
+
+/// An amount of memory in MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SizeMib(pub u64);
+
+impl SizeMib {
+    /// The same amount in bytes.
+    pub fn bytes(self) -> u64 {
+        self.0 << 20
+    }
+
+    /// The smallest whole number of MiB that holds `bytes`.
+    pub fn holding(bytes: u64) -> Self {
+        Self(bytes.div_ceil(1 << 20))
+    }
+}
+
+/// A block device as the guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct BlockShape {
+    /// Serial number, at most 20 bytes (virtio 1.2, 5.2.6.1): how the guest finds the device again.
+    pub serial: String,
+    /// Refuses writes.
+    pub read_only: bool,
+}
+
+/// The machine as the guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Shape {
+    /// Processors present at boot, at least 1.
+    pub vcpus: u32,
+    /// Memory present at boot.
+    pub memory: SizeMib,
+    /// The kernel's command line, without what a backend must add for its own devices.
+    pub cmdline: String,
+    /// Tag of the virtio-fs device, if there is one.
+    pub share_tag: Option<String>,
+    /// Block devices in the order of their slots.
+    pub blocks: Vec<BlockShape>,
+}
