@@ -1,1 +1,3 @@
 //! containerd shim v2 that runs each pod in a virtual machine, and the operator's command.
+
+pub mod config;
