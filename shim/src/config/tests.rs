@@ -371,3 +371,53 @@ fn a_missing_guest_names_path_key_and_remedy() {
         "/nonexistent/vmlinux (key `hypervisor.kernel`): does not exist; `make guest` builds one, or name your own by the key"
     );
 }
+
+const FILE: &str = include_str!("../../../configs/config.toml");
+
+/// The shipped file with the keys that have no default set too.
+fn shipped_with_everything() -> String {
+    FILE.lines()
+        .map(|line| if line.starts_with("#trace_file") { &line[1..] } else { line }.to_owned() + "\n")
+        .collect()
+}
+
+#[test]
+fn the_shipped_file_states_the_defaults() {
+    assert_eq!(Config::parse(FILE, "configs/config.toml").unwrap(), Config::default());
+}
+
+#[test]
+fn the_shipped_file_states_every_key_and_explains_it() {
+    let text = shipped_with_everything();
+    let stated: toml::Table = toml::from_str(&text).unwrap();
+    let has = |name: &str| match name.split_once('.') {
+        None => stated.contains_key(name),
+        Some((section, key)) => stated.get(section).is_some_and(|section| section.get(key).is_some()),
+    };
+    let missing: Vec<_> = KEYS.iter().map(|key| key.name).filter(|name| !has(name)).collect();
+    assert!(missing.is_empty(), "configs/config.toml lacks {missing:?}");
+    Config::parse(&text, "configs/config.toml").unwrap();
+    let mut before = "";
+    for line in FILE.lines() {
+        assert!(
+            !(line.contains(" = ") && !line.starts_with('#') && before.is_empty()),
+            "{line} has no explanation"
+        );
+        before = line;
+    }
+}
+
+#[test]
+fn the_drop_ins_register_the_runtime_and_hand_our_annotations_on() {
+    let drop_ins = [
+        (include_str!("../../../configs/containerd/bulkhead-1.7.toml"), 2, "io.containerd.grpc.v1.cri"),
+        (include_str!("../../../configs/containerd/bulkhead-2.toml"), 3, "io.containerd.cri.v1.runtime"),
+    ];
+    for (text, version, plugin) in drop_ins {
+        let table: toml::Table = toml::from_str(text).unwrap();
+        assert_eq!(table["version"].as_integer(), Some(version));
+        let runtime = &table["plugins"][plugin]["containerd"]["runtimes"]["bulkhead"];
+        assert_eq!(runtime["runtime_type"].as_str(), Some("io.containerd.bulkhead.v2"));
+        assert_eq!(runtime["pod_annotations"][0].as_str(), Some(format!("{ANNOTATION_PREFIX}*").as_str()));
+    }
+}
