@@ -1,5 +1,5 @@
 # Shared by the scripts of this tree: source it, after `set -euo pipefail`.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034  # what is set here is used by who sources it
 
 # The checkout, without symbolic links: mount tables and processes show paths this way.
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -14,7 +14,7 @@ die() { say "$*"; exit 1; }
 # with_lock FILE COMMAND…: one process at a time, others wait and then find the work done.
 # The command does not inherit the lock: a daemon it leaves behind must not hold it.
 with_lock() {
-    local file=$1 fd status=0
+    local file=$1 fd
     shift
     mkdir -p "$(dirname "$file")"
     exec {fd}>"$file"
@@ -25,7 +25,6 @@ with_lock() {
     # Not `"$@" || …`, which would switch off `set -e` inside the command.
     "$@" {fd}>&-
     exec {fd}>&-
-    return "$status"
 }
 
 # packages NAME…: install the Debian packages that are missing; silent when none is.
@@ -62,3 +61,37 @@ apt_get() {
 
 # progress LABEL: read a command's many lines, say one in a hundred as a count.
 progress() { awk -v label="$1" 'NR % 250 == 0 { printf "%s: %d steps\n", label, NR; fflush() }' >&2; }
+
+# The cargo profile of everything that is built here; what is tested is what is shipped.
+profile=${PROFILE:-release}
+
+# built NAME: the path of a program of ours.
+built() { echo "${CARGO_TARGET_DIR:-$top/target}/x86_64-unknown-linux-gnu/${profile/#dev/debug}/$1"; }
+
+# find_cargo: put cargo into $cargo, or say how to get it.
+find_cargo() {
+    cargo=$(command -v cargo || true)
+    [ -n "$cargo" ] || { [ ! -x "${HOME:-/root}/.cargo/bin/cargo" ] || cargo=${HOME:-/root}/.cargo/bin/cargo; }
+    [ -n "$cargo" ] || die "cargo is missing. Install Rust from https://rustup.rs, or with apt-get install rustup && rustup default stable (Debian 13), open a new shell and try again"
+}
+
+# write_config FILE STATE_DIR: a config.toml that points to what is built here. Keys
+# that are not in it have their defaults, which configs/config.toml explains.
+write_config() {
+    local kernel image virtiofsd vsock
+    kernel=$("$top/guest-image/build-kernel")
+    image=$("$top/scripts/build" image)
+    virtiofsd=$("$top/tests/parts/virtiofsd")
+    vsock=$("$top/tests/parts/vhost-device-vsock")
+    mkdir -p "$(dirname "$1")"
+    cat >"$1" <<EOF
+# Generated: what configs/config.toml explains, pointing to what this checkout built.
+state_dir = "$2"
+
+[hypervisor]
+kernel = "$kernel"
+image = "$image"
+virtiofsd = "$virtiofsd"
+vhost_device_vsock = "$vsock"
+EOF
+}
