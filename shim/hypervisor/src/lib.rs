@@ -36,6 +36,7 @@ pub mod fake;
 mod machine;
 pub mod qemu;
 mod socket;
+mod sys;
 #[cfg(test)]
 mod testing;
 

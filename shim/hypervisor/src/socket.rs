@@ -15,10 +15,9 @@ use nix::{
     errno::Errno,
     sys::inotify::{AddWatchFlags, InitFlags, Inotify},
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    time::MissedTickBehavior,
-};
+use tokio::{io::unix::AsyncFd, time::MissedTickBehavior};
+
+use crate::sys;
 
 /// A listening socket, and a connection to it that waits to be accepted.
 ///
@@ -52,7 +51,7 @@ impl Awaited {
         remove(path)?;
         let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         watch.add_watch(path.parent().unwrap_or(Path::new("/")), AddWatchFlags::IN_CREATE)?;
-        let watch = AsyncFd::with_interest(OwnedFd::from(watch), Interest::READABLE)?;
+        let watch = sys::readable(watch.into())?;
         Ok(Self { path: path.to_owned(), watch })
     }
 

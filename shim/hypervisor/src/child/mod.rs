@@ -5,7 +5,6 @@
 //! thread that lives as long as the process does (see the crate's documentation).
 
 mod lines;
-mod sys;
 
 use std::{
     ffi::OsString,
@@ -20,13 +19,11 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::wait::{Id, WaitPidFlag, WaitStatus, waitid},
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    net::unix::pipe,
-};
+use tokio::{io::unix::AsyncFd, net::unix::pipe};
 
 pub use self::lines::LineSink;
 use self::lines::Lines;
+use crate::sys;
 
 /// How long a killed process may take to end. One that is stuck in the kernel longer than this is
 /// left to its parent's parent and named in the log.
@@ -249,7 +246,7 @@ impl Drop for Child {
 
 /// What names and watches a child that is not reaped yet: its pid cannot be another's.
 fn watch(pid: i32) -> io::Result<(AsyncFd<OwnedFd>, u64)> {
-    let pidfd = AsyncFd::with_interest(sys::pidfd_open(pid)?, Interest::READABLE)?;
+    let pidfd = sys::readable(sys::pidfd_open(pid)?)?;
     Ok((pidfd, start_time_ticks(pid)?))
 }
 

@@ -152,3 +152,40 @@ fn a_command_with_parentheses_does_not_confuse() {
     assert_eq!(parse_start_time("7 (a) S 1"), None);
     assert_eq!(parse_start_time(""), None);
 }
+
+/// Names the test that runs as another process, and is set in that process only.
+const ROLE: &str = "BULKHEAD_TEST_ROLE";
+
+#[test]
+fn a_child_dies_with_us_even_by_sigkill() {
+    const TEST: &str = "child::tests::a_child_dies_with_us_even_by_sigkill";
+    if std::env::var_os(ROLE).is_some() {
+        return parent_that_is_killed();
+    }
+    use std::io::BufRead;
+    let mut parent = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", TEST, "--nocapture"])
+        .env(ROLE, "parent")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = io::BufReader::new(parent.stdout.take().unwrap()).lines();
+    let pid = lines.map_while(Result::ok).find_map(|l| l.strip_prefix("child ")?.parse::<i32>().ok());
+    let pid = pid.expect("the other process names its child");
+    let child = crate::sys::pidfd_open(pid).unwrap();
+    let mut ready = [PollFd::new(child.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut ready, PollTimeout::ZERO), Ok(0), "it lives as long as its parent");
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    assert_eq!(poll(&mut ready, 10_000u16), Ok(1), "it ends with its parent");
+}
+
+fn parent_that_is_killed() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let child = endless();
+        // On a line of its own, whatever the test runner has begun to print.
+        println!("\nchild {}", child.pid());
+        std::future::pending::<()>().await;
+    });
+}

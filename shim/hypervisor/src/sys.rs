@@ -1,5 +1,5 @@
-//! The few system calls that no safe crate offers: pidfds, and what a child does before exec.
-//! Knows no program and no runtime.
+//! The few calls that no safe crate offers: pidfds, what a child does before exec, and a descriptor
+//! as a source of events. Knows no program.
 #![allow(unsafe_code)]
 
 use std::{
@@ -11,8 +11,17 @@ use std::{
     process::Command,
 };
 
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Registers a descriptor with the runtime as a source of "can be read".
+pub(crate) fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor stays open, and stays the same, for as long as it is owned, and
+    // AsyncFd gives nobody the means to take it out without being deregistered first.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(Into::into)
+}
+
 /// Opens a descriptor for a child that is not reaped yet; it becomes readable when the child ends.
-pub(super) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers and touches no memory of ours.
     let fd = check(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, libc::PIDFD_NONBLOCK) })?;
     // SAFETY: the kernel has just made this descriptor for us, and close-on-exec.
@@ -20,7 +29,7 @@ pub(super) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 }
 
 /// Sends a signal to the very process behind a pidfd, also when its pid is in use by another.
-pub(super) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     // SAFETY: a null siginfo means "as kill(2) would"; no memory of ours is touched.
     check(unsafe {
         libc::syscall(
@@ -36,7 +45,7 @@ pub(super) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Resul
 
 /// Makes the child a leader of its own session, have it die with the thread that makes it, and
 /// inherit no descriptor but 0, 1, 2 and `keep` (which keep their numbers).
-pub(super) fn prepare(command: &mut Command, keep: Vec<RawFd>) {
+pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>) {
     let parent = std::process::id() as i32;
     let prepare = move || {
         // SAFETY (all calls): between fork and exec only async-signal-safe calls are allowed. These
