@@ -2,6 +2,7 @@
 
 pub mod cgroup;
 pub mod config;
+pub mod entry;
 pub mod error;
 pub mod events;
 pub mod guest;
@@ -14,4 +15,5 @@ pub mod sandbox;
 pub mod stats;
 pub mod stdio;
 pub mod storage;
+pub mod task;
 pub mod trace;
