@@ -41,21 +41,25 @@ impl<'a> Context<'a> {
     pub(crate) fn finish(mut self) -> Result<()> {
         self.restore_config()?;
         let mut left = Vec::new();
-        for (what, list) in [("task", vec!["task", "ls", "-q"]), ("container", vec!["container", "ls", "-q"])]
-        {
-            let out = self.ctr().args(list).output()?.ok()?.out();
-            left.extend(out.lines().map(|id| format!("{what} {id} in containerd")));
+        if self.node.pid().is_some() {
+            self.left_in_containerd(&mut left)?;
         }
-        let snapshots = self.ctr().args(["snapshot", "ls"]).output()?.ok()?.out();
-        let active = snapshots.lines().filter(|l| l.trim_end().ends_with("Active"));
-        left.extend(
-            active.filter_map(|l| l.split_whitespace().next()).map(|k| format!("snapshot {k} in containerd")),
-        );
         left.extend(leak::settle(self.node, &self.before, SETTLING)?);
         fs::remove_dir_all(&self.dir).context("remove the test's directory")?;
         if !left.is_empty() {
             bail!("the test left something behind:\n    {}", left.join("\n    "));
         }
+        Ok(())
+    }
+
+    fn left_in_containerd(&self, left: &mut Vec<String>) -> Result<()> {
+        for (what, list) in [("task", ["task", "ls", "-q"]), ("container", ["container", "ls", "-q"])] {
+            let out = self.ctr().args(list).output()?.ok()?.out();
+            left.extend(out.lines().map(|id| format!("{what} {id} in containerd")));
+        }
+        let snapshots = self.ctr().args(["snapshot", "ls"]).output()?.ok()?.out();
+        let active = snapshots.lines().filter(|l| l.trim_end().ends_with("Active"));
+        left.extend(active.filter_map(|l| l.split_whitespace().next()).map(|k| format!("snapshot {k} in containerd")));
         Ok(())
     }
 
@@ -190,9 +194,14 @@ impl<'a> Context<'a> {
         Ok(root)
     }
 
+    /// A specification as containerd makes it, of a container in [`Context::rootfs`].
+    pub fn spec(&self, id: &str, command: &[&str]) -> Result<Value> {
+        Ok(spec::usual(&self.rootfs()?, &format!("/{}/{id}", self.node.namespace()), command))
+    }
+
     /// Runs a container from a specification of the test's own: `change` alters containerd's usual one.
     pub fn run_spec(&self, id: &str, command: &[&str], change: impl FnOnce(&mut Value)) -> Result<Run> {
-        let mut spec = spec::usual(&self.rootfs()?, &format!("/{}/{id}", self.node.namespace()), command);
+        let mut spec = self.spec(id, command)?;
         change(&mut spec);
         let path = self.write("config.json", serde_json::to_vec_pretty(&spec)?)?;
         let runtime = &self.settings().runtime_name;

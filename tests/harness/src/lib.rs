@@ -23,5 +23,5 @@ pub use image::IMAGE;
 pub use leak::{ProcessInfo, Snapshot};
 pub use node::Node;
 pub use pty::Pty;
-pub use runner::{Scope, Test, run_suite};
+pub use runner::{Scope, Test, run_suite, run_suite_without_containerd};
 pub use settings::{Runtime, Settings};

@@ -47,6 +47,14 @@ impl Node {
         Ok(node)
     }
 
+    /// The same without a containerd: the test plays it.
+    pub(crate) fn bare(settings: Arc<Settings>, dir: PathBuf, namespace: String) -> Result<Self> {
+        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        let node = Self { settings, dir, namespace, daemon: None };
+        node.reset_bulkhead_config()?;
+        Ok(node)
+    }
+
     /// What is under test.
     pub fn settings(&self) -> &Settings {
         &self.settings

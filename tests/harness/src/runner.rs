@@ -106,9 +106,18 @@ struct Report {
     failed: Vec<(&'static str, String)>,
 }
 
-/// Runs the tests that the command line asks for.
+/// Runs the tests that the command line asks for, each with a containerd at its side.
 pub fn run_suite(suite: &str, tests: &[Test]) -> ExitCode {
-    match try_run(suite, tests) {
+    run(suite, tests, true)
+}
+
+/// The same for tests that play containerd themselves.
+pub fn run_suite_without_containerd(suite: &str, tests: &[Test]) -> ExitCode {
+    run(suite, tests, false)
+}
+
+fn run(suite: &str, tests: &[Test], containerd: bool) -> ExitCode {
+    match try_run(suite, tests, containerd) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(e) => {
@@ -118,7 +127,7 @@ pub fn run_suite(suite: &str, tests: &[Test]) -> ExitCode {
     }
 }
 
-fn try_run(suite: &str, tests: &[Test]) -> Result<bool> {
+fn try_run(suite: &str, tests: &[Test], containerd: bool) -> Result<bool> {
     let arguments = Arguments::parse()?;
     let chosen: Vec<Test> = tests.iter().filter(|t| arguments.wants(t.name)).copied().collect();
     if arguments.list {
@@ -130,11 +139,12 @@ fn try_run(suite: &str, tests: &[Test]) -> Result<bool> {
         }
         return Ok(true);
     }
-    let settings = Arc::new(Settings::from_env()?);
+    let settings = Arc::new(Settings::from_env(containerd)?);
     println!(
-        "{suite}: {} tests, runtime {}, containerd {}",
+        "{suite}: {} tests, runtime {}, {} {}",
         chosen.len(),
         settings.runtime_name,
+        if containerd { "containerd" } else { "no containerd; would be" },
         settings.version
     );
     std::panic::set_hook(Box::new(|_| {}));
@@ -158,6 +168,7 @@ fn try_run(suite: &str, tests: &[Test]) -> Result<bool> {
     let threads = arguments.threads.unwrap_or(2).clamp(1, queue.len().max(1));
     let shared = Shared {
         settings,
+        containerd,
         root: root.clone(),
         queue: Mutex::new(queue),
         report: Mutex::new(report),
@@ -188,6 +199,7 @@ fn try_run(suite: &str, tests: &[Test]) -> Result<bool> {
 
 struct Shared {
     settings: Arc<Settings>,
+    containerd: bool,
     root: PathBuf,
     queue: Mutex<VecDeque<Test>>,
     report: Mutex<Report>,
@@ -213,14 +225,15 @@ impl Shared {
         let number = self.nodes.fetch_add(1, Ordering::Relaxed);
         let dir = self.root.join(number.to_string());
         let namespace = format!("bh{}-{number}", std::process::id());
-        let node = isolate_thread().and_then(|()| Node::start(Arc::clone(&self.settings), dir, namespace));
+        let start = if self.containerd { Node::start } else { Node::bare };
+        let node = isolate_thread().and_then(|()| start(Arc::clone(&self.settings), dir, namespace));
         let mut node = match node {
             Ok(node) => node,
             Err(e) => {
                 return self.record(
                     first.name,
                     Duration::ZERO,
-                    Err(e.context("start the test's containerd")),
+                    Err(e.context("prepare the test's surroundings")),
                 );
             }
         };

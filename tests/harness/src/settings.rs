@@ -43,8 +43,9 @@ impl Settings {
     /// | `BULKHEAD_TEST_PATH` | directories of bulkhead's programs, as PATH | the debug build |
     /// | `BULKHEAD_TEST_CONFIG` | a config.toml to start from | none |
     ///
-    /// Fails where a program that every test needs is missing, and names it.
-    pub fn from_env() -> Result<Self> {
+    /// Fails where a program that every test needs is missing, and names it. Without `containerd` the suite
+    /// plays containerd itself, and the daemon need not be there.
+    pub fn from_env(containerd: bool) -> Result<Self> {
         let var = |name: &str| env::var(name).ok().filter(|v| !v.is_empty());
         let runtime_name = var("BULKHEAD_TEST_RUNTIME").unwrap_or_else(|| "io.containerd.bulkhead.v2".into());
         let runtime = match runtime_name.as_str() {
@@ -59,7 +60,7 @@ impl Settings {
         let parts =
             var("BULKHEAD_TEST_PARTS").map(PathBuf::from).unwrap_or_else(|| Path::new(&cache).join("parts"));
         let containerd_dir = parts.join(format!("containerd-{version}"));
-        for program in ["containerd", "ctr"] {
+        for program in ["containerd", "ctr"].iter().filter(|_| containerd) {
             let path = containerd_dir.join(program);
             if !path.exists() {
                 bail!("{} is missing: build it with tests/parts, or set BULKHEAD_TEST_PARTS", path.display());
