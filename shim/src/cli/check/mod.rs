@@ -213,7 +213,7 @@ mod tests {
         config.hypervisor.kernel = "/nonexistent".into();
         let fact = Fact::misconfigured("guest-kernel", &config.resolve_kernel().unwrap_err());
         assert_eq!(fact.detail, "/nonexistent (key `hypervisor.kernel`) does not exist");
-        assert!(fact.remedy.unwrap().starts_with("`make guest`"));
+        assert!(fact.remedy.unwrap().starts_with("`make kernel`"));
     }
 
     #[test]
