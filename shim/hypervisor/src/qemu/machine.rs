@@ -2,7 +2,6 @@
 //! Knows processes and the console's words; knows no command line.
 
 use std::{
-    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -13,7 +12,7 @@ use futures::future::{FutureExt, join_all, select_all};
 use crate::{
     Exit, Machine, MachineEnd,
     child::{Child, LineSink},
-    socket,
+    socket::Names,
 };
 
 /// How long the VMM's own end is waited for after a helper left in order: a helper leaves when its
@@ -56,16 +55,17 @@ pub(super) struct QemuMachine {
     parts: Vec<Child>,
     pid: i32,
     console: Console,
-    sockets: Vec<PathBuf>,
     asked: bool,
     end: Option<MachineEnd>,
+    /// Below the parts: dropped when they are dead.
+    sockets: Names,
 }
 
 impl QemuMachine {
-    pub(super) fn new(qemu: Child, helpers: Vec<Child>, console: Console, sockets: Vec<PathBuf>) -> Self {
+    pub(super) fn new(qemu: Child, helpers: Vec<Child>, console: Console, sockets: Names) -> Self {
         let pid = qemu.pid();
         let parts = std::iter::once(qemu).chain(helpers).collect();
-        Self { parts, pid, console, sockets, asked: false, end: None }
+        Self { parts, pid, console, asked: false, end: None, sockets }
     }
 
     /// Which part died first.
@@ -121,11 +121,7 @@ impl Machine for QemuMachine {
             self.asked = true;
         }
         join_all(self.parts.iter_mut().map(Child::kill)).await;
-        for path in &self.sockets {
-            if let Err(error) = socket::remove(path) {
-                tracing::warn!(%error, "cannot remove {}", path.display());
-            }
-        }
+        self.sockets.remove();
     }
 }
 
@@ -145,7 +141,7 @@ mod tests {
     #[tokio::test]
     async fn the_part_that_failed_is_named_with_its_words() {
         let helpers = vec![part("one", STAY), part("two", "echo broken >&2; exit 4")];
-        let mut machine = QemuMachine::new(part("vmm", STAY), helpers, Console::default(), Vec::new());
+        let mut machine = QemuMachine::new(part("vmm", STAY), helpers, Console::default(), Names::default());
         let end = machine.ended().await;
         assert_eq!((end.part.as_str(), end.exit, end.asked), ("two", Exit::Code(4), false));
         assert_eq!(end.messages, ["broken"]);
@@ -172,7 +168,7 @@ mod tests {
         vmm.args = vec!["-c".into(), format!("exec bash -c 'exec {fd}>&-; sleep 0.1; kill -SEGV $$'").into()];
         vmm.fds = vec![writer.into()];
         let vmm = Child::spawn(vmm).unwrap();
-        let mut machine = QemuMachine::new(vmm, vec![helper], Console::default(), Vec::new());
+        let mut machine = QemuMachine::new(vmm, vec![helper], Console::default(), Names::default());
         let end = machine.ended().await;
         assert_eq!((end.part.as_str(), end.exit), ("vmm", Exit::Signal(libc::SIGSEGV)));
     }
@@ -183,19 +179,20 @@ mod tests {
             part("vmm", STAY),
             vec![part("helper", "exit 0")],
             Console::default(),
-            Vec::new(),
+            Names::default(),
         );
         assert_eq!(machine.ended().await.part, "helper");
     }
 
     #[tokio::test]
     async fn a_kill_is_asked_for_unless_a_part_was_dead_before() {
-        let mut machine = QemuMachine::new(part("vmm", STAY), Vec::new(), Console::default(), Vec::new());
+        let mut machine =
+            QemuMachine::new(part("vmm", STAY), Vec::new(), Console::default(), Names::default());
         machine.kill().await;
         assert!(machine.ended().await.asked);
 
         let helpers = vec![part("helper", "exit 1")];
-        let mut machine = QemuMachine::new(part("vmm", STAY), helpers, Console::default(), Vec::new());
+        let mut machine = QemuMachine::new(part("vmm", STAY), helpers, Console::default(), Names::default());
         // The death happened, and nobody asked.
         let _ = machine.parts[1].exited().await;
         machine.kill().await;
