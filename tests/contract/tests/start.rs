@@ -3,8 +3,6 @@
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Result, ensure};
-use containerd_shim_protos::bootstrap_api::BootstrapResult;
-use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use harness::{Context, Run, Test};
 use serde_json::json;
@@ -118,7 +116,10 @@ fn s3_the_answer_never_reads_as_protobuf(t: &mut Context) -> Result<()> {
         let bundle = fake.bundle(id, &json!({}))?;
         let output = fake.run_start(id, &bundle, &input)?.ok()?;
         fake.connect(&Answer::parse(&output)?.address)?.shutdown(id);
-        ensure!(BootstrapResult::parse_from_bytes(&output.stdout).is_err(), "containerd 2.3 reads it as protobuf\n{output}");
+        // '{' opens the protobuf group 15, which only '|' could close: no decoder gets to the end of it.
+        let opens = output.stdout.starts_with(b"{") && !output.stdout.contains(&b'|');
+        ensure!(opens, "containerd 2.3 could read it as protobuf
+{output}");
         ensure!(!output.stdout.ends_with(b"\n"), "containerd 2.2 does not trim\n{output}");
     }
     Ok(())
