@@ -37,14 +37,14 @@ go_is_new() {
 
 # Debian 12's Go is too old to fetch its successor by itself, but can download it as a module.
 fetch_go() {
-    local version=go1.26.8 dir
-    local sum=h1:PLACEHOLDER
-    dir=$parts/go/$version
-    if [ ! -x "$dir/bin/go" ]; then
+    local version=go1.26.8
+    local sum=h1:ZOmGe1OnfREDMIdb1Qi4G9JSuDPBLGExZMQ4nis1RXM=
+    local place=$parts/go/$version
+    if [ ! -x "$place/bin/go" ]; then
         say "fetching the Go toolchain $version"
-        with_lock "$parts/lock/go" unpack_go "golang.org/toolchain" "v0.0.1-$version.linux-amd64" "$sum" "$dir"
+        with_lock "$parts/lock/go" unpack_go "golang.org/toolchain" "v0.0.1-$version.linux-amd64" "$sum" "$place"
     fi
-    go=$dir/bin/go
+    go=$place/bin/go
 }
 
 unpack_go() {
