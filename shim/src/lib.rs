@@ -1,6 +1,7 @@
 //! containerd shim v2 that runs each pod in a virtual machine, and the operator's command.
 
 pub mod cgroup;
+pub mod cli;
 pub mod config;
 pub mod entry;
 pub mod error;

@@ -96,7 +96,7 @@ impl Config {
     pub fn resolve_kernel(&self) -> Result<PathBuf, ConfigError> {
         let path = &self.hypervisor.kernel;
         let head =
-            head_of(path, "hypervisor.kernel", "`make guest` builds one, or name your own by the key")?;
+            head_of(path, "hypervisor.kernel", "`make kernel` builds one, or name your own by the key")?;
         let wrong = |reason: &str, advice: &str| ConfigError::GuestFile {
             path: path.clone(),
             key: "hypervisor.kernel",
@@ -126,7 +126,7 @@ impl Config {
     /// As [`Config::resolve_guest`].
     pub fn resolve_image(&self) -> Result<PathBuf, ConfigError> {
         let path = &self.hypervisor.image;
-        let head = head_of(path, "hypervisor.image", "`make guest` builds one, or name your own by the key")?;
+        let head = head_of(path, "hypervisor.image", "`make image` builds one, or name your own by the key")?;
         // Linux, Documentation/driver-api/early-userspace/buffer-format.rst: "newc" without and with checksums.
         if !head.starts_with(b"070701") && !head.starts_with(b"070702") {
             return Err(ConfigError::GuestFile {

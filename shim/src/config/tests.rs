@@ -368,7 +368,7 @@ fn a_missing_guest_names_path_key_and_remedy() {
     config.hypervisor.kernel = PathBuf::from("/nonexistent/vmlinux");
     assert_eq!(
         config.resolve_kernel().unwrap_err().to_string(),
-        "/nonexistent/vmlinux (key `hypervisor.kernel`): does not exist; `make guest` builds one, or name your own by the key"
+        "/nonexistent/vmlinux (key `hypervisor.kernel`): does not exist; `make kernel` builds one, or name your own by the key"
     );
 }
 
