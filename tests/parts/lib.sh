@@ -111,6 +111,7 @@ cargo_install() {
     [ ! -x "$4/bin/$1" ] || return 0
     local started=$SECONDS log=$parts/$1-$2.log file got
     scratch
+    find_cargo
     say "building $1 $2 (log: $log)"
     # From the root folder and without the caller's settings: this tree's .cargo/config.toml is for
     # its own programs. The index pins the package, the package's own lock file pins all below it.
@@ -120,7 +121,7 @@ cargo_install() {
         RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static \
             LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu LIBCAPNG_LINK_TYPE=static \
             LIBCAPNG_LIB_PATH=/usr/lib/x86_64-linux-gnu CARGO_PROFILE_RELEASE_STRIP=symbols \
-            nice cargo install --locked --target x86_64-unknown-linux-gnu --root "$scratch/root" \
+            nice "$cargo" install --locked --target x86_64-unknown-linux-gnu --root "$scratch/root" \
             --target-dir "$scratch/target" --version "=$2" "$1"
     ) >"$log" 2>&1 </dev/null || { tail -n 30 "$log" >&2; die "$1 $2 did not build"; }
     for file in "${CARGO_HOME:-${HOME:-/root}/.cargo}"/registry/cache/*/"$1-$2.crate"; do
