@@ -77,7 +77,7 @@ find_cargo() {
         cargo=$home/.cargo/bin/cargo
         export RUSTUP_HOME="${RUSTUP_HOME:-$home/.rustup}"
     done
-    [ -n "$cargo" ] || die "cargo is missing. Get Rust from https://rustup.rs, or on Debian 13 with: apt-get install rustup && rustup default stable. Then try again"
+    [ -n "$cargo" ] || die "cargo is missing. Install Rust as rust-lang.org/tools/install says, or on Debian 13 with: apt-get install rustup && rustup default stable. Then try again"
 }
 
 # write_config FILE STATE_DIR: a config.toml that points to what is built here. Keys
