@@ -16,10 +16,13 @@ use bulkhead_proto::{
     stream::{STREAM_PREFACE_LEN, Token, decode_stream},
 };
 use serde_json::{Value, json};
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
+    process::Child,
     sync::{oneshot, watch},
+    task::JoinHandle,
     time::timeout,
 };
 use ttrpc::context::{self, Context};
@@ -36,6 +39,13 @@ pub(crate) struct Host {
     waiting: Waiting,
     events: watch::Receiver<Vec<Kind>>,
     next_token: u8,
+    reader: JoinHandle<()>,
+}
+
+/// A machine whose host is gone.
+pub(crate) struct HungUp {
+    pub(crate) qemu: Child,
+    _rest: (TempDir, [Child; 2]),
 }
 
 /// The streams of one process, dialled by the agent.
@@ -103,12 +113,12 @@ impl Host {
         let vm = Vm::start().await;
         let (to, events) = watch::channel(Vec::new());
         let mut stream = vm.client.events(context(), &EventsRequest::new()).await.unwrap();
-        tokio::spawn(async move {
+        let reader = tokio::spawn(async move {
             while let Ok(Some(event)) = stream.recv().await {
                 to.send_modify(|all| all.push(event.kind.unwrap()));
             }
         });
-        Self { vm, waiting: Waiting::default(), events, next_token: 0 }
+        Self { vm, waiting: Waiting::default(), events, next_token: 0, reader }
     }
 
     pub(crate) async fn configure(&mut self) -> ttrpc::Result<ConfigureResponse> {
@@ -283,6 +293,22 @@ impl Host {
         let mut events = self.events.clone();
         let all = timeout(DEADLINE, events.wait_for(|all| find(all).is_some())).await;
         find(&all.unwrap_or_else(|_| panic!("{id} {exec_id} has not ended; console:\n{}", self.vm.console())).unwrap()).unwrap()
+    }
+
+    /// Waits for something that has not been told yet.
+    pub(crate) async fn next_event(&self) {
+        let known = self.events.borrow().len();
+        let mut events = self.events.clone();
+        timeout(DEADLINE, events.wait_for(|all| all.len() > known)).await.expect("an event").unwrap();
+    }
+
+    /// Closes the control connection; the machine remains to be waited for.
+    pub(crate) fn hang_up(self) -> HungUp {
+        let Vm { client, qemu, dir, daemons, .. } = self.vm;
+        // The stream of events keeps the connection open, too.
+        self.reader.abort();
+        drop(client);
+        HungUp { qemu, _rest: (dir, daemons) }
     }
 
     /// Everything that has been told so far.

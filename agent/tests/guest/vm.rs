@@ -34,9 +34,9 @@ pub(crate) struct Vm {
     /// The directory behind the share, on the host.
     pub(crate) share: PathBuf,
     pub(crate) qemu: Child,
-    dir: TempDir,
-    // Killed when dropped, in this order.
-    _daemons: [Child; 2],
+    pub(crate) dir: TempDir,
+    /// Killed when dropped.
+    pub(crate) daemons: [Child; 2],
 }
 
 /// The path in a variable of the environment, which must be set: there is no test without it.
@@ -96,7 +96,7 @@ impl Vm {
         let boot = begin.elapsed();
         let hello = decode_hello(&body).unwrap();
         let client = AgentClient::new(ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(control)));
-        Self { client, hello, boot, streams, share, qemu, dir, _daemons: [fs, vsock] }
+        Self { client, hello, boot, streams, share, qemu, dir, daemons: [fs, vsock] }
     }
 
     /// What the guest has said on its console so far.
