@@ -39,6 +39,8 @@ pub(crate) struct Host {
     waiting: Waiting,
     events: watch::Receiver<Vec<Kind>>,
     next_token: u8,
+    /// How much had been told when a process was asked for: what is older speaks of another one.
+    since: HashMap<(String, String), usize>,
     reader: JoinHandle<()>,
 }
 
@@ -118,7 +120,7 @@ impl Host {
                 to.send_modify(|all| all.push(event.kind.unwrap()));
             }
         });
-        Self { vm, waiting: Waiting::default(), events, next_token: 0, reader }
+        Self { vm, waiting: Waiting::default(), events, next_token: 0, since: HashMap::new(), reader }
     }
 
     pub(crate) async fn configure(&mut self) -> ttrpc::Result<ConfigureResponse> {
@@ -165,6 +167,7 @@ impl Host {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
+        self.since.insert((id.into(), String::new()), self.events.borrow().len());
         let client = self.vm.client.clone();
         let answer = self.with_streams(async move { client.create_container(context(), &request).await }).await?;
         Ok(answer.pid)
@@ -178,6 +181,7 @@ impl Host {
             stdio: Some(stdio).into(),
             ..Default::default()
         };
+        self.since.insert((id.into(), exec_id.into()), self.events.borrow().len());
         let client = self.vm.client.clone();
         let answer = self.with_streams(async move { client.exec(context(), &request).await }).await?;
         Ok(answer.pid)
@@ -284,8 +288,9 @@ impl Host {
 
     /// Waits for the end of a process.
     pub(crate) async fn exit(&self, id: &str, exec_id: &str) -> u32 {
+        let since = self.since[&(id.to_owned(), exec_id.to_owned())];
         let find = |all: &Vec<Kind>| {
-            all.iter().find_map(|kind| match kind {
+            all[since..].iter().find_map(|kind| match kind {
                 Kind::Exit(exit) if exit.container_id == id && exit.exec_id == exec_id => Some(exit.status),
                 _ => None,
             })
@@ -293,13 +298,6 @@ impl Host {
         let mut events = self.events.clone();
         let all = timeout(DEADLINE, events.wait_for(|all| find(all).is_some())).await;
         find(&all.unwrap_or_else(|_| panic!("{id} {exec_id} has not ended; console:\n{}", self.vm.console())).unwrap()).unwrap()
-    }
-
-    /// Waits for something that has not been told yet.
-    pub(crate) async fn next_event(&self) {
-        let known = self.events.borrow().len();
-        let mut events = self.events.clone();
-        timeout(DEADLINE, events.wait_for(|all| all.len() > known)).await.expect("an event").unwrap();
     }
 
     /// Closes the control connection; the machine remains to be waited for.

@@ -28,7 +28,7 @@ async fn a_create_that_fails_says_why_and_leaves_nothing() {
         ("/root/path", json!("/run/bulkhead/share/none"), "root /run/bulkhead/share/none: no such file or directory"),
         ("/process/apparmorProfile", json!("docker-default"), r#"process.apparmorProfile: the guest has no profile "docker-default""#),
         ("/linux/sysctl", json!({"kernel.panic": "1"}), "sysctl"),
-        ("/linux/resources", json!({"memory": {"limit": -7}}), "invalid memory value"),
+        ("/linux/resources", json!({"memory": {"limit": -7}}), "cgroup error: invalid memory value -7"),
         ("/mounts", json!([{"destination": "/a", "type": "bind", "source": "/none", "options": ["bind"]}]), "mount at /a: source /none: no such file or directory"),
     ];
     for (pointer, value, expected) in cases {
@@ -43,7 +43,12 @@ async fn a_create_that_fails_says_why_and_leaves_nothing() {
     spec["mounts"].as_array_mut().unwrap().push(json!({"destination": "/a", "type": "nofs", "source": "none"}));
     let said = refused(&mut host, "c", &spec).await;
     println!("mount: {said}");
-    assert!(said.contains("nofs") && said.contains("ENODEV"), "{said}");
+    assert_eq!(said, r#"mount at /a: the guest has no file system of type "nofs""#);
+    *spec["mounts"].as_array_mut().unwrap().last_mut().unwrap() =
+        json!({"destination": "/a", "type": "ext4", "source": "/dev/none"});
+    let said = refused(&mut host, "c", &spec).await;
+    println!("mount: {said}");
+    assert!(said.contains("/dev/none") && said.ends_with("no such file or directory"), "{said}");
     // The id is free again.
     spec["mounts"].as_array_mut().unwrap().pop();
     assert_eq!(host.run("c", &spec, b"").await.0, 0);
