@@ -109,6 +109,19 @@ pub fn remove(path: &str) -> Result<(), CgroupError> {
     }
 }
 
+/// How many processes of the group the kernel has killed for want of memory; 0 where it cannot be told.
+pub fn oom_kills(path: &str) -> u64 {
+    let hierarchy = hierarchies::auto();
+    // cgroup-v2.rst, memory.events; cgroup-v1/memory.rst, memory.oom_control.
+    let file = if hierarchy.v2() {
+        hierarchy.root().join(path).join("memory.events")
+    } else {
+        hierarchy.root().join("memory").join(path).join("memory.oom_control")
+    };
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
+}
+
 fn has_children(path: &str) -> bool {
     let hierarchy = hierarchies::auto();
     let roots = if hierarchy.v2() {

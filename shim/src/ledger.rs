@@ -156,13 +156,6 @@ pub fn release_left_behind(dir: &Path) -> Result<(), LedgerError> {
     release(read(&dir.join(FILE_NAME))?)
 }
 
-/// Takes back what the ledger in `dir` names for `container` alone, without touching the file: the shim
-/// that owns it may be alive.
-pub fn release_container_left_behind(dir: &Path, container: &str) -> Result<(), LedgerError> {
-    let entries = read(&dir.join(FILE_NAME))?;
-    release(entries.into_iter().filter(|e| e.container() == Some(container)).collect())
-}
-
 fn read(path: &Path) -> Result<Vec<Entry>, LedgerError> {
     let fault = |source| LedgerError::Read { path: path.to_owned(), source };
     let file = match File::open(path) {
@@ -185,7 +178,8 @@ fn release(entries: Vec<Entry>) -> Result<(), LedgerError> {
     // Processes first, whatever the order: nothing can be unmounted or removed under one that uses it.
     let (processes, things): (Vec<_>, Vec<_>) =
         entries.into_iter().partition(|e| matches!(e, Entry::Process { .. }));
-    for entry in processes.iter().rev().chain(things.iter().rev()) {
+    // In the order of their making: the shim comes first, which would react to the deaths of the others.
+    for entry in processes.iter().chain(things.iter().rev()) {
         if let Err(why) = take_back(entry) {
             left.push(why);
         }
@@ -195,6 +189,8 @@ fn release(entries: Vec<Entry>) -> Result<(), LedgerError> {
 
 fn take_back(entry: &Entry) -> Result<(), String> {
     match entry {
+        // A shim that unwinds its own ledger ends by itself.
+        Entry::Process { pid, .. } if *pid == std::process::id() as i32 => Ok(()),
         Entry::Process { name, pid, start_time } => {
             process::end(*pid, *start_time).map_err(|e| format!("process {name} ({pid}): {e}"))
         }

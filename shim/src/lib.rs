@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod cli;
 pub mod config;
+pub mod entry;
 pub mod error;
 pub mod events;
 pub mod guest;
@@ -15,4 +16,5 @@ pub mod sandbox;
 pub mod stats;
 pub mod stdio;
 pub mod storage;
+pub mod task;
 pub mod trace;

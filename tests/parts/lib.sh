@@ -107,7 +107,8 @@ cargo_install() {
         cd /
         unset CARGO_TARGET_DIR CARGO_BUILD_TARGET CARGO_ENCODED_RUSTFLAGS
         RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static \
-            LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu CARGO_PROFILE_RELEASE_STRIP=symbols \
+            LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu LIBCAPNG_LINK_TYPE=static \
+            LIBCAPNG_LIB_PATH=/usr/lib/x86_64-linux-gnu CARGO_PROFILE_RELEASE_STRIP=symbols \
             nice cargo install --locked --target x86_64-unknown-linux-gnu --root "$staged/root" \
             --target-dir "$staged/target" --version "=$2" "$1"
     ) >"$log" 2>&1 </dev/null || { tail -n 30 "$log" >&2; rm -rf "$staged"; die "$1 $2 did not build"; }
@@ -115,6 +116,8 @@ cargo_install() {
         got=$(sha256sum <"$file" | cut -d' ' -f1)
         [ "$got" = "$3" ] || die "$file has the sum $got, pinned is $3"
     done
+    # A static program that was given a shared library links well and dies at once.
+    "$staged/root/bin/$1" --version >/dev/null 2>&1 || die "$1 $2 was built but does not run"
     publish "$staged/root" "$4"
     rm -rf "$staged"
     say "$1 $2 built in $((SECONDS - started)) s"

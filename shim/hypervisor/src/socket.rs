@@ -39,6 +39,27 @@ pub(crate) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Names of sockets that programs make; they are removed with this.
+#[derive(Debug, Default)]
+pub(crate) struct Names(pub(crate) Vec<PathBuf>);
+
+impl Names {
+    /// Removes them now; their makers must be dead.
+    pub(crate) fn remove(&self) {
+        for path in &self.0 {
+            if let Err(error) = remove(path) {
+                tracing::warn!(%error, "cannot remove {}", path.display());
+            }
+        }
+    }
+}
+
+impl Drop for Names {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
 /// Waits for a program to listen on a path.
 pub(crate) struct Awaited {
     path: PathBuf,

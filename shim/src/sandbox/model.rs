@@ -335,6 +335,8 @@ pub enum Input {
     StreamsClosed(ProcessKey),
     /// The machine is gone.
     MachineEnded(MachineEnd),
+    /// The agent hung up while its machine runs on.
+    AgentLost,
     /// A deadline has passed.
     Expired(Deadline),
 }

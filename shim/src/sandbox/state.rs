@@ -148,6 +148,11 @@ impl Sandbox {
                 }
             }
             Input::MachineEnded(end) => self.machine_ended(end),
+            Input::AgentLost => {
+                if self.machine_lives() {
+                    self.out.push(Effect::KillMachine("the guest's agent hung up".into()));
+                }
+            }
             Input::Expired(deadline) => self.expired(deadline),
         }
         std::mem::take(&mut self.out)

@@ -57,7 +57,7 @@ impl fmt::Display for Exit {
 pub struct ChildSpec {
     /// What the program is for us; names it in logs and errors.
     pub name: String,
-    /// The program: a path, or a name to look up in `PATH`.
+    /// The program: an absolute path, or a name to look up in `PATH`.
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
@@ -104,7 +104,8 @@ impl Child {
         let (out, out_writer) = pipe()?;
         let (err, err_writer) = pipe()?;
         let mut command = Command::new(&program);
-        command.args(args).env_clear().envs(env);
+        // At the root: a daemon must not hold the directory (a bundle, on its own mount) it began in.
+        command.args(args).current_dir("/").env_clear().envs(env);
         if let Some(path) = std::env::var_os("PATH") {
             command.env("PATH", path);
         }

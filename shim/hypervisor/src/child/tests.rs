@@ -16,6 +16,11 @@ fn endless() -> Child {
     Child::spawn(sh("exec cat /dev/zero > /dev/null")).unwrap()
 }
 
+/// Makes grandchildren whose parent ended ours to reap, whatever the first process of this machine does.
+fn adopt_orphans() {
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+}
+
 fn exists(pid: i32) -> bool {
     std::path::Path::new(&format!("/proc/{pid}")).exists()
 }
@@ -91,13 +96,15 @@ async fn output_is_kept_in_full_until_the_last_line() {
 
 #[tokio::test]
 async fn a_grandchild_that_holds_the_pipe_does_not_hold_us() {
+    adopt_orphans();
     let mut child = Child::spawn(sh("cat /dev/zero >/dev/null & echo $!; exit 0")).unwrap();
     assert_eq!(child.exited().await, Exit::Code(0));
     let started = Instant::now();
     child.read_rest().await;
     assert!(started.elapsed() < Duration::from_secs(5));
-    let grandchild: i32 = child.last_output()[0].parse().unwrap();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(grandchild), nix::sys::signal::SIGKILL).unwrap();
+    let grandchild = nix::unistd::Pid::from_raw(child.last_output()[0].parse().unwrap());
+    nix::sys::signal::kill(grandchild, nix::sys::signal::SIGKILL).unwrap();
+    waitid(Id::Pid(grandchild), WaitPidFlag::WEXITED).unwrap();
 }
 
 #[tokio::test]
@@ -163,6 +170,7 @@ fn a_child_dies_with_us_even_by_sigkill() {
         return parent_that_is_killed();
     }
     use std::io::BufRead;
+    adopt_orphans();
     let mut parent = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", TEST, "--nocapture"])
         .env(ROLE, "parent")
@@ -178,6 +186,7 @@ fn a_child_dies_with_us_even_by_sigkill() {
     parent.kill().unwrap();
     parent.wait().unwrap();
     assert_eq!(poll(&mut ready, 10_000u16), Ok(1), "it ends with its parent");
+    waitid(Id::PIDFd(child.as_fd()), WaitPidFlag::WEXITED).unwrap();
 }
 
 fn parent_that_is_killed() {

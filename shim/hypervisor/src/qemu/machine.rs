@@ -2,7 +2,6 @@
 //! Knows processes and the console's words; knows no command line.
 
 use std::{
-    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -13,7 +12,7 @@ use futures::future::{FutureExt, join_all, select_all};
 use crate::{
     Exit, Machine, MachineEnd,
     child::{Child, LineSink},
-    socket,
+    socket::Names,
 };
 
 /// How long the VMM's own end is waited for after a helper left in order: a helper leaves when its
@@ -56,16 +55,17 @@ pub(super) struct QemuMachine {
     parts: Vec<Child>,
     pid: i32,
     console: Console,
-    sockets: Vec<PathBuf>,
     asked: bool,
     end: Option<MachineEnd>,
+    /// Below the parts: dropped when they are dead.
+    sockets: Names,
 }
 
 impl QemuMachine {
-    pub(super) fn new(qemu: Child, helpers: Vec<Child>, console: Console, sockets: Vec<PathBuf>) -> Self {
+    pub(super) fn new(qemu: Child, helpers: Vec<Child>, console: Console, sockets: Names) -> Self {
         let pid = qemu.pid();
         let parts = std::iter::once(qemu).chain(helpers).collect();
-        Self { parts, pid, console, sockets, asked: false, end: None }
+        Self { parts, pid, console, asked: false, end: None, sockets }
     }
 
     /// Which part died first.
@@ -114,22 +114,91 @@ impl Machine for QemuMachine {
     }
 
     async fn kill(&mut self) {
-        // A part that died before was not ended by us.
-        if self.end.is_none() && self.parts.iter_mut().all(|p| p.exited().now_or_never().is_none()) {
+        if self.parts.iter_mut().any(|p| p.exited().now_or_never().is_some()) {
+            // A part died before: that is the end to report, and it shows only before the others die.
+            let _ = self.ended().await;
+        } else {
             self.asked = true;
         }
         join_all(self.parts.iter_mut().map(Child::kill)).await;
-        for path in &self.sockets {
-            if let Err(error) = socket::remove(path) {
-                tracing::warn!(%error, "cannot remove {}", path.display());
-            }
-        }
+        self.sockets.remove();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::child::ChildSpec;
+
+    fn part(name: &str, script: &str) -> Child {
+        let mut spec = ChildSpec::new(name, "/bin/sh");
+        spec.args = vec!["-c".into(), script.into()];
+        Child::spawn(spec).unwrap()
+    }
+
+    const STAY: &str = "exec cat /dev/zero >/dev/null";
+
+    #[tokio::test]
+    async fn the_part_that_failed_is_named_with_its_words() {
+        let helpers = vec![part("one", STAY), part("two", "echo broken >&2; exit 4")];
+        let mut machine = QemuMachine::new(part("vmm", STAY), helpers, Console::default(), Names::default());
+        let end = machine.ended().await;
+        assert_eq!((end.part.as_str(), end.exit, end.asked), ("two", Exit::Code(4), false));
+        assert_eq!(end.messages, ["broken"]);
+        machine.kill().await;
+        assert_eq!(machine.ended().await, end, "what follows does not change it");
+        assert!(machine.processes().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_leaves_because_its_vmm_dies_is_not_blamed() {
+        // The helper sees the end of the VMM as they do: by the end of a connection.
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut helper = ChildSpec::new("helper", "/bin/sh");
+        helper.args = vec![
+            "-c".into(),
+            format!("exec cat /dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&reader)).into(),
+        ];
+        helper.fds = vec![reader.into()];
+        let helper = Child::spawn(helper).unwrap();
+        let mut vmm = ChildSpec::new("vmm", "/bin/sh");
+        // Closes the connection first and takes its time to die, as a VMM with much memory does.
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&writer);
+        assert!(fd < 1000);
+        vmm.args = vec!["-c".into(), format!("exec bash -c 'exec {fd}>&-; sleep 0.1; kill -SEGV $$'").into()];
+        vmm.fds = vec![writer.into()];
+        let vmm = Child::spawn(vmm).unwrap();
+        let mut machine = QemuMachine::new(vmm, vec![helper], Console::default(), Names::default());
+        let end = machine.ended().await;
+        assert_eq!((end.part.as_str(), end.exit), ("vmm", Exit::Signal(libc::SIGSEGV)));
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_leaves_alone_is_blamed() {
+        let mut machine = QemuMachine::new(
+            part("vmm", STAY),
+            vec![part("helper", "exit 0")],
+            Console::default(),
+            Names::default(),
+        );
+        assert_eq!(machine.ended().await.part, "helper");
+    }
+
+    #[tokio::test]
+    async fn a_kill_is_asked_for_unless_a_part_was_dead_before() {
+        let mut machine =
+            QemuMachine::new(part("vmm", STAY), Vec::new(), Console::default(), Names::default());
+        machine.kill().await;
+        assert!(machine.ended().await.asked);
+
+        let helpers = vec![part("helper", "exit 1")];
+        let mut machine = QemuMachine::new(part("vmm", STAY), helpers, Console::default(), Names::default());
+        // The death happened, and nobody asked.
+        let _ = machine.parts[1].exited().await;
+        machine.kill().await;
+        let end = machine.ended().await;
+        assert_eq!((end.part.as_str(), end.exit, end.asked), ("helper", Exit::Code(1), false));
+    }
 
     #[test]
     fn a_panic_is_known_with_and_without_a_time_stamp() {

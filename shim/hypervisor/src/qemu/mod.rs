@@ -38,7 +38,7 @@ use self::{args::Wiring, machine::QemuMachine};
 use crate::{
     Hypervisor, Journal, LaunchError, Machine,
     child::{Child, ChildSpec},
-    socket,
+    socket::{self, Names},
 };
 
 /// The VMM's name in journals, errors and [`crate::MachineEnd::part`].
@@ -134,8 +134,6 @@ impl Qemu {
             }
             () = tokio::time::sleep(HELPER_DEADLINE) => return Err(late(&child, &goal)),
         };
-        // QEMU has the connection; the name is not needed any more.
-        socket::remove(&device).map_err(failed)?;
         Ok((child, connection.into()))
     }
 
@@ -171,7 +169,9 @@ impl Hypervisor for Qemu {
     ) -> Result<Box<dyn Machine>, LaunchError> {
         check(shape, bindings)?;
         let block_drivers = open_all(bindings)?;
-        // An error below drops what was started, which ends and reaps it.
+        // An error below drops what was started, the last first: it is ended and reaped, then its
+        // sockets go. The vsock device makes its own again when QEMU has left.
+        let sockets = Names(vec![bindings.vsock.clone(), bindings.run_dir.join(VSOCK_DEVICE_SOCKET)]);
         let share = match &bindings.share {
             Some(share) => Some(self.start_share(share, bindings, journal)?),
             None => None,
@@ -195,7 +195,7 @@ impl Hypervisor for Qemu {
         let qemu = spawn(spec)?;
         record(&qemu, journal)?;
         let helpers = virtiofsd.into_iter().chain([vsock]).collect();
-        Ok(Box::new(QemuMachine::new(qemu, helpers, console, vec![bindings.vsock.clone()])))
+        Ok(Box::new(QemuMachine::new(qemu, helpers, console, sockets)))
     }
 }
 

@@ -136,3 +136,15 @@ async fn a_process_that_cannot_be_recorded_is_ended() {
     assert!(text.starts_with("cannot record process"), "{text}");
     assert!(journal.processes().iter().all(|&(_, pid, _)| is_gone(pid)));
 }
+
+#[tokio::test]
+async fn a_failed_launch_leaves_no_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    // Makes both names (--guest-cid 3 --socket $4 --uds-path $6), then fails.
+    let vsock = program(dir.path(), "vsock-files", ": > \"$4\"; : > \"$6\"; exit 1");
+    let config = QemuConfig { vsock, ..scripts(dir.path()) };
+    launch_error(config, dir.path(), &Journaled::default()).await;
+    assert!(!dir.path().join("vsock").exists());
+    assert!(!dir.path().join(VSOCK_DEVICE_SOCKET).exists());
+    assert!(!dir.path().join(SHARE_SOCKET).exists());
+}

@@ -1,0 +1,526 @@
+//! The containers of the pod: what state each is in, and what each request does to it.
+//! Knows containers and their processes; must not know ttrpc, nor how a container is made.
+//!
+//! ```text
+//!            create            start
+//!   nothing ───────▶ created ───────▶ running ◀──pause/resume──▶ paused
+//!                       │                │                         │
+//!                       └───── exit ─────┴────▶ stopped ◀── exit ──┘
+//!                                                 │ delete
+//!                                                 ▼ nothing
+//! ```
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::fd::AsFd,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use bulkhead_proto::agent::{
+    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, GuestProcess, ResizePtyRequest,
+    SignalRequest, Stdio, UpdateRequest,
+};
+use tokio::task::AbortHandle;
+
+use crate::{
+    cgroup::{self, Watch},
+    configure,
+    error::{Doing, Error, Result},
+    events::{Events, now_unix_nanos},
+    launcher::{LastMile, LaunchError, Launched, Launcher, Size},
+    netns,
+    reaper::{End, Key, Outcome, Reaper},
+    spec::{self, Guest},
+    stats,
+    stdio::{self, Terminal},
+};
+
+/// How long the kernel may take to freeze a container, or to end one that was killed.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// All containers of the pod.
+pub(crate) struct Sandbox {
+    launcher: Box<dyn Launcher>,
+    events: Events,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    configured: bool,
+    ipc_sysctls: Vec<(String, String)>,
+    containers: HashMap<String, Container>,
+    reaper: Reaper,
+}
+
+struct Container {
+    status: Status,
+    last_mile: LastMile,
+    /// Running processes by exec id; an empty id is init.
+    processes: HashMap<String, Process>,
+    /// The kernel's count of OOM kills that was last told.
+    oom_kills: u64,
+    oom_watch: Option<AbortHandle>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Status {
+    /// An operation that others must wait for is under way.
+    Busy(&'static str),
+    Created,
+    Running,
+    Paused,
+    Stopped,
+}
+
+struct Process {
+    /// 0 while it is being launched.
+    pid: i32,
+    terminal: Option<(Terminal, AbortHandle)>,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some((_, stdin)) = &self.terminal {
+            stdin.abort();
+        }
+    }
+}
+
+impl Container {
+    fn process(&self, id: &str, exec: &str) -> Result<&Process> {
+        self.processes.get(exec).filter(|p| p.pid != 0).ok_or_else(|| Error::no_process(id, exec))
+    }
+}
+
+impl Sandbox {
+    pub(crate) fn new(launcher: Box<dyn Launcher>, events: Events) -> Arc<Self> {
+        Arc::new(Self { launcher, events, state: Mutex::default() })
+    }
+
+    /// Makes the guest a sandbox; once.
+    pub(crate) fn configure(&self, request: &ConfigureRequest) -> Result<ConfigureResponse> {
+        let mut state = self.state();
+        if state.configured {
+            return Err(Error::State("the sandbox is configured already".into()));
+        }
+        let response = configure::apply(request)?;
+        state.ipc_sysctls = configure::ipc_sysctls(request);
+        state.configured = true;
+        Ok(response)
+    }
+
+    /// Makes a container whose command waits for [`Sandbox::start`]. Answers the pid of its init.
+    pub(crate) async fn create(self: &Arc<Self>, request: &CreateContainerRequest) -> Result<u32> {
+        let id = &request.container_id;
+        let create = {
+            let mut state = self.state();
+            if !state.configured {
+                return Err(Error::State("the sandbox is not configured yet".into()));
+            }
+            if state.containers.contains_key(id) {
+                return Err(Error::Exists(format!("container {id} exists already")));
+            }
+            let guest = Guest {
+                network: netns::network(),
+                namespaces: Path::new(netns::DIR),
+                has_device: &|typ, major, minor| spec::sys_dev(typ, major, minor).exists(),
+                ipc_sysctls: &state.ipc_sysctls,
+            };
+            let create = spec::container(id, &request.spec, terminal_of(&request.stdio), &guest)?;
+            state.containers.insert(id.clone(), Container {
+                status: Status::Busy("being created"),
+                last_mile: create.last_mile.clone(),
+                processes: HashMap::new(),
+                oom_kills: 0,
+                oom_watch: None,
+            });
+            create
+        };
+        let key = (id.clone(), String::new());
+        let launch = |stdio| self.launcher.create(create, stdio);
+        match self.launch(&key, &request.stdio, launch).await {
+            Ok(pid) => {
+                self.watch_oom(id);
+                Ok(pid)
+            }
+            Err(e) => {
+                self.state().containers.remove(id);
+                Err(e)
+            }
+        }
+    }
+
+    /// Lets the command of a created container run.
+    pub(crate) async fn start(&self, id: &str) -> Result<()> {
+        self.claim(id, &[Status::Created], "being started")?;
+        let started = self.launcher.start(id).await;
+        let ended = self.release(id, if started.is_ok() { Status::Running } else { Status::Created });
+        match started {
+            Err(_) if ended => Err(Error::no_process(id, "")),
+            started => Ok(started?),
+        }
+    }
+
+    /// Runs a further process in a running container. Answers its pid.
+    pub(crate) async fn exec(self: &Arc<Self>, request: &ExecRequest) -> Result<u32> {
+        let (id, exec_id) = (&request.container_id, &request.exec_id);
+        let exec = {
+            let mut state = self.state();
+            let container = state.container(id)?;
+            if exec_id.is_empty() {
+                return Err(Error::Invalid("an exec needs an id".into()));
+            }
+            if container.processes.contains_key(exec_id) {
+                return Err(Error::Exists(format!("container {id}: process {exec_id} exists already")));
+            }
+            if container.status != Status::Running {
+                return Err(not_in(id, container.status, "run a process in it"));
+            }
+            let exec = spec::exec(id, &request.process, terminal_of(&request.stdio), &container.last_mile)?;
+            container.processes.insert(exec_id.clone(), Process { pid: 0, terminal: None });
+            exec
+        };
+        let key = (id.clone(), exec_id.clone());
+        let launched = self.launch(&key, &request.stdio, |stdio| self.launcher.exec(exec, stdio)).await;
+        if launched.is_err()
+            && let Ok(container) = self.state().container(id)
+        {
+            container.processes.remove(exec_id);
+        }
+        launched
+    }
+
+    /// What creating and exec have in common: streams, the process, its bookkeeping.
+    async fn launch<'a, F>(
+        self: &'a Arc<Self>,
+        key: &Key,
+        stdio: &Stdio,
+        launch: impl FnOnce(Option<[std::os::fd::OwnedFd; 3]>) -> F,
+    ) -> Result<u32>
+    where
+        F: Future<Output = std::result::Result<Launched, LaunchError>> + 'a,
+    {
+        let streams = stdio::dial(stdio).await?;
+        let (fds, streams, pumps) = match stdio.terminal {
+            true => (None, Some(streams), None),
+            false => {
+                let (fds, pumps) = streams.pipes()?;
+                (Some(fds), None, Some(pumps))
+            }
+        };
+        self.state().reaper.begin(key);
+        let launched = launch(fds).await;
+        let Launched { pid, terminal } = match launched {
+            Ok(launched) => launched,
+            Err(e) => {
+                let outcomes = self.state().reaper.failed(key);
+                self.follow(outcomes);
+                return Err(e.into());
+            }
+        };
+        if let Some(pumps) = pumps {
+            pumps.start(&self.events);
+        }
+        let terminal = match (terminal, streams) {
+            (Some(master), Some(streams)) => {
+                Some(streams.pump_terminal(master, &self.events).doing(|| "use the terminal".into())?)
+            }
+            _ => None,
+        };
+        let outcomes = {
+            let mut state = self.state();
+            if let Ok(container) = state.container(&key.0) {
+                if key.1.is_empty() {
+                    container.status = Status::Created;
+                }
+                container.processes.insert(key.1.clone(), Process { pid, terminal });
+            }
+            state.reaper.launched(key.clone(), pid)
+        };
+        if !outcomes.is_empty() {
+            // Not before the answer is on its way: the task runs when this one has given it and waits again.
+            let sandbox = Arc::clone(self);
+            tokio::spawn(async move { sandbox.follow(outcomes) });
+        }
+        Ok(pid as u32)
+    }
+
+    /// Sends a signal to one process, or to all of a container.
+    pub(crate) fn signal(&self, request: &SignalRequest) -> Result<()> {
+        let (id, signal) = (&request.container_id, request.signal);
+        if signal > libc::SIGRTMAX() as u32 {
+            return Err(Error::Invalid(format!("{signal} is no signal")));
+        }
+        let mut state = self.state();
+        let container = state.container(id)?;
+        let what = || format!("send signal {signal} to container {id}");
+        if !request.all {
+            let pid = container.process(id, &request.exec_id)?.pid;
+            return crate::sys::kill(pid, signal).doing(what);
+        }
+        if container.status == Status::Stopped {
+            return Err(Error::no_process(id, ""));
+        }
+        let cgroup = cgroup::path(id);
+        if signal == libc::SIGKILL as u32 {
+            return cgroup::kill(&cgroup).doing(what);
+        }
+        for pid in cgroup::processes(&cgroup).doing(what)? {
+            match crate::sys::kill(pid, signal) {
+                // It may end between the look and the signal.
+                Err(e) if e.raw_os_error() != Some(libc::ESRCH) => return Err(e).doing(what),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes the size of a terminal.
+    pub(crate) fn resize(&self, request: &ResizePtyRequest) -> Result<()> {
+        let (id, exec) = (&request.container_id, &request.exec_id);
+        let mut state = self.state();
+        let process = state.container(id)?.process(id, exec)?;
+        let Some((terminal, _)) = &process.terminal else {
+            return Err(Error::State(format!("container {id}: the process has no terminal")));
+        };
+        let (width, height) = (size(request.width)?, size(request.height)?);
+        crate::sys::set_winsize(terminal.get_ref().as_fd(), width, height)
+            .doing(|| format!("set the size of the terminal to {width}x{height}"))
+    }
+
+    /// Stops every process of a container where it is.
+    pub(crate) async fn pause(&self, id: &str) -> Result<()> {
+        self.freeze(id, Status::Running, Status::Paused).await
+    }
+
+    /// Lets a paused container go on.
+    pub(crate) async fn resume(&self, id: &str) -> Result<()> {
+        self.freeze(id, Status::Paused, Status::Running).await
+    }
+
+    async fn freeze(&self, id: &str, from: Status, to: Status) -> Result<()> {
+        let (frozen, doing) =
+            if to == Status::Paused { (true, "being paused") } else { (false, "being resumed") };
+        self.claim(id, &[from], doing)?;
+        let path = cgroup::path(id);
+        let result = cgroup::freeze(&path, frozen, DEADLINE).await;
+        if result.is_err() && frozen {
+            // Half frozen is worse than not at all.
+            let _ = fs::write(path.join("cgroup.freeze"), "0");
+        }
+        let ended = self.release(id, if result.is_ok() { to } else { from });
+        match result {
+            Err(_) if ended => Err(Error::no_process(id, "")),
+            result => result.doing(|| format!("container {id}: freeze {frozen}")),
+        }
+    }
+
+    /// Changes the limits of a container; only what is set.
+    pub(crate) async fn update(&self, request: &UpdateRequest) -> Result<()> {
+        let id = &request.container_id;
+        let resources = spec::resources(&request.resources)?;
+        self.live(id)?;
+        Ok(self.launcher.update(id, resources).await?)
+    }
+
+    /// The kernel's numbers of a container.
+    pub(crate) fn stats(&self, id: &str) -> Result<HashMap<String, Vec<u8>>> {
+        self.state().container(id)?;
+        stats::read(&cgroup::path(id)).doing(|| format!("read the numbers of container {id}"))
+    }
+
+    /// Every process of a container.
+    pub(crate) fn processes(&self, id: &str) -> Result<Vec<GuestProcess>> {
+        let mut state = self.state();
+        let container = state.container(id)?;
+        let pids =
+            cgroup::processes(&cgroup::path(id)).doing(|| format!("list the processes of container {id}"))?;
+        let of = |pid: i32| {
+            let exec = container.processes.iter().find(|(_, process)| process.pid == pid);
+            let exec_id = exec.map(|(exec_id, _)| exec_id.clone()).unwrap_or_default();
+            GuestProcess { pid: pid as u32, exec_id, ..Default::default() }
+        };
+        Ok(pids.into_iter().map(of).collect())
+    }
+
+    /// Removes a container that does not run. One that is unknown is removed already.
+    pub(crate) async fn delete(&self, id: &str) -> Result<()> {
+        if !self.state().containers.contains_key(id) {
+            return Ok(());
+        }
+        let before = self.claim(id, &[Status::Stopped, Status::Created], "being deleted")?;
+        let result = self.remove(id).await;
+        match result {
+            Ok(()) => {
+                let removed = self.state().containers.remove(id);
+                if let Some(watch) = removed.and_then(|container| container.oom_watch) {
+                    watch.abort();
+                }
+            }
+            Err(_) => {
+                self.release(id, before);
+            }
+        }
+        result
+    }
+
+    async fn remove(&self, id: &str) -> Result<()> {
+        let cgroup = cgroup::path(id);
+        cgroup::kill(&cgroup).doing(|| format!("kill what is left of container {id}"))?;
+        cgroup::emptied(&cgroup, DEADLINE).await.doing(|| format!("wait for the end of container {id}"))?;
+        Ok(self.launcher.delete(id).await?)
+    }
+
+    /// Ends every container and writes everything out.
+    pub(crate) async fn shutdown(&self) -> Result<()> {
+        let all = Path::new(cgroup::PODS);
+        cgroup::kill(all).doing(|| "kill every container".into())?;
+        cgroup::emptied(all, DEADLINE).await.doing(|| "wait for the end of every container".into())?;
+        nix::unistd::sync();
+        Ok(())
+    }
+
+    /// Takes every ended child. Called for each SIGCHLD. Answers true if `vital` was among them.
+    pub(crate) fn reap(&self, vital: i32) -> bool {
+        let mut lost = false;
+        while let Some((pid, status)) = crate::sys::wait_any() {
+            lost |= pid == vital;
+            let end = End { status: crate::sys::exit_status(status), at_unix_nanos: now_unix_nanos() };
+            let outcomes = self.state().reaper.exited(pid, end);
+            self.follow(outcomes);
+        }
+        lost
+    }
+
+    fn follow(&self, outcomes: Vec<Outcome>) {
+        for outcome in outcomes {
+            match outcome {
+                Outcome::KillRest(id) => {
+                    if let Err(e) = cgroup::kill(&cgroup::path(&id)) {
+                        tracing::error!("kill what is left of container {id}: {e}");
+                    }
+                }
+                Outcome::Tell((id, exec), end) => self.tell_exit(&id, &exec, end),
+            }
+        }
+    }
+
+    fn tell_exit(&self, id: &str, exec: &str, end: End) {
+        // The kernel tells of an OOM kill by another way, which may be slower.
+        self.tell_oom(id);
+        if let Ok(container) = self.state().container(id) {
+            container.processes.remove(exec);
+            if exec.is_empty() && !matches!(container.status, Status::Busy(_)) {
+                container.status = Status::Stopped;
+            }
+        }
+        self.events.exit(id, exec, end.status, end.at_unix_nanos);
+    }
+
+    /// Follows the kernel's count of OOM kills in a container until it is deleted.
+    fn watch_oom(self: &Arc<Self>, id: &str) {
+        let watch = match Watch::new(&cgroup::path(id).join("memory.events")) {
+            Ok(watch) => watch,
+            // Without the memory controller there are no such kills.
+            Err(e) => return tracing::warn!("container {id}: watch memory.events: {e}"),
+        };
+        // What happened before the watch.
+        self.tell_oom(id);
+        let (sandbox, name) = (Arc::clone(self), id.to_owned());
+        let task = tokio::spawn(async move {
+            while watch.changed().await.is_ok() {
+                sandbox.tell_oom(&name);
+            }
+        });
+        match self.state().container(id) {
+            Ok(container) => container.oom_watch = Some(task.abort_handle()),
+            Err(_) => task.abort(),
+        }
+    }
+
+    fn tell_oom(&self, id: &str) {
+        let Ok(text) = fs::read_to_string(cgroup::path(id).join("memory.events")) else { return };
+        let kills = cgroup::flat_key(&text, "oom_kill").unwrap_or(0);
+        let mut state = self.state();
+        let Ok(container) = state.container(id) else { return };
+        if kills > container.oom_kills {
+            container.oom_kills = kills;
+            self.events.oom(id);
+        }
+    }
+
+    /// Reserves a container for an operation that takes time. Answers the state that it was in.
+    fn claim(&self, id: &str, allowed: &[Status], doing: &'static str) -> Result<Status> {
+        let mut state = self.state();
+        let container = state.container(id)?;
+        if !allowed.contains(&container.status) {
+            return Err(match container.status {
+                Status::Stopped => Error::no_process(id, ""),
+                status => not_in(id, status, doing.trim_start_matches("being ")),
+            });
+        }
+        Ok(std::mem::replace(&mut container.status, Status::Busy(doing)))
+    }
+
+    /// Ends [`Sandbox::claim`]. Answers true if init has ended meanwhile.
+    fn release(&self, id: &str, status: Status) -> bool {
+        let mut state = self.state();
+        let Ok(container) = state.container(id) else { return true };
+        let ended = !container.processes.contains_key("");
+        container.status = if ended { Status::Stopped } else { status };
+        ended
+    }
+
+    fn live(&self, id: &str) -> Result<()> {
+        match self.state().container(id)?.status {
+            Status::Stopped => Err(Error::no_process(id, "")),
+            _ => Ok(()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Held for the time of a look, never across an await. After a panic the books may be wrong, but a pod
+        // that can still be killed is better than none.
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl State {
+    fn container(&mut self, id: &str) -> Result<&mut Container> {
+        self.containers.get_mut(id).ok_or_else(|| Error::no_container(id))
+    }
+}
+
+impl From<LaunchError> for Error {
+    fn from(error: LaunchError) -> Self {
+        match error {
+            LaunchError::Refused(text) => Self::Launch(text),
+            LaunchError::Broken(source) => Self::Io { verb: "launcher".into(), source },
+        }
+    }
+}
+
+fn not_in(id: &str, status: Status, verb: &str) -> Error {
+    let status = match status {
+        Status::Busy(doing) => doing,
+        Status::Created => "created but not started",
+        Status::Running => "running",
+        Status::Paused => "paused",
+        Status::Stopped => "stopped",
+    };
+    Error::State(format!("container {id} is {status}: cannot {verb}"))
+}
+
+fn terminal_of(stdio: &Stdio) -> spec::Terminal {
+    let fit = |n: u32| n.min(u16::MAX.into()) as u16;
+    stdio.terminal.then(|| Size { width: fit(stdio.width), height: fit(stdio.height) })
+}
+
+fn size(characters: u32) -> Result<u16> {
+    characters.try_into().map_err(|_| Error::Invalid(format!("a terminal has no {characters} characters")))
+}
+

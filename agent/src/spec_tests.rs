@@ -1,0 +1,212 @@
+use serde_json::{Value, json};
+
+use super::*;
+
+fn guest() -> Guest<'static> {
+    Guest {
+        network: "/run/bulkhead/ns/net".into(),
+        namespaces: Path::new("/run/bulkhead/ns"),
+        has_device: &|_, major, minor| (major, minor) == (1, 3),
+        ipc_sysctls: &[],
+    }
+}
+
+fn base() -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "process": {
+            "user": {"uid": 1000, "gid": 1000},
+            "args": ["sh"],
+            "env": ["PATH=/bin"],
+            "cwd": "/work",
+            "noNewPrivileges": false,
+            "capabilities": {"bounding": ["CAP_KILL"]},
+        },
+        "root": {"path": "/run/bulkhead/share/c/rootfs"},
+        "linux": {
+            "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network", "path": "/proc/9/ns/net"}],
+            "cgroupsPath": "/kubepods/x",
+            "seccomp": {"defaultAction": "SCMP_ACT_ALLOW"},
+            "resources": {"devices": [{"allow": false, "access": "rwm"}], "memory": {"limit": 1000000}},
+        },
+    })
+}
+
+/// The base with one value replaced.
+fn with(pointer: &str, value: Value) -> Value {
+    let mut spec = base();
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    spec.pointer_mut(parent).unwrap()[key] = value;
+    spec
+}
+
+fn adapt(spec: &Value) -> Result<Create> {
+    container("c", spec.to_string().as_bytes(), None, &guest())
+}
+
+fn refusal(pointer: &str, value: Value) -> String {
+    adapt(&with(pointer, value)).expect_err(pointer).to_string()
+}
+
+#[test]
+fn a_container_moves_into_the_guest() {
+    let create = adapt(&base()).unwrap();
+    let linux = create.spec.linux().as_ref().unwrap();
+    assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/bulkhead/c")));
+    let namespaces: Vec<_> = linux.namespaces().iter().flatten().map(|n| (n.typ(), n.path().clone())).collect();
+    assert_eq!(
+        namespaces,
+        [
+            (LinuxNamespaceType::Pid, None),
+            (LinuxNamespaceType::Mount, None),
+            (LinuxNamespaceType::Network, Some("/run/bulkhead/ns/net".into())),
+            (LinuxNamespaceType::Cgroup, None),
+        ]
+    );
+    assert_eq!(linux.resources().as_ref().unwrap().memory().as_ref().unwrap().limit(), Some(1000000));
+}
+
+#[test]
+fn the_last_mile_is_taken_from_libcontainer() {
+    let create = adapt(&base()).unwrap();
+    let process = create.spec.process().as_ref().unwrap();
+    assert!(process.capabilities().is_none());
+    assert_eq!(process.no_new_privileges(), None);
+    assert_eq!(process.cwd(), Path::new("/"));
+    assert!(create.spec.linux().as_ref().unwrap().seccomp().is_none());
+    let last = &create.last_mile;
+    assert!(last.seccomp.is_some() && last.capabilities.is_some() && !last.no_new_privileges);
+    assert_eq!((last.cwd.as_path(), last.uid, last.init), (Path::new("/work"), 1000, true));
+    assert_eq!(last.env, ["PATH=/bin"]);
+}
+
+#[test]
+fn an_exec_gets_the_filter_of_its_container() {
+    let init = adapt(&base()).unwrap().last_mile;
+    let process = base()["process"].to_string();
+    let size = Size { width: 80, height: 24 };
+    let exec = exec("c", process.as_bytes(), Some(size), &init).unwrap();
+    assert_eq!(exec.last_mile.seccomp, init.seccomp);
+    assert!(!exec.last_mile.init);
+    assert_eq!(exec.last_mile.terminal, Some(size));
+    assert_eq!(exec.process.terminal(), Some(true));
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    for (pointer, field) in [
+        ("/process", "process"),
+        ("/root", "root"),
+        ("/linux", "linux"),
+        ("/process/args", "process.args"),
+    ] {
+        assert_eq!(refusal(pointer, Value::Null), format!("{field}: missing in the specification"));
+    }
+}
+
+#[test]
+fn what_cannot_be_honoured_is_refused_by_name() {
+    let cases = [
+        ("/process/apparmorProfile", json!("docker-default"), "process.apparmorProfile: "),
+        ("/process/selinuxLabel", json!("system_u:x"), "process.selinuxLabel: "),
+        ("/process/cwd", json!("relative"), "process.cwd: "),
+        ("/linux/mountLabel", json!("system_u:x"), "linux.mountLabel: "),
+        ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt: "),
+        ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/s"}), "linux.seccomp: "),
+        ("/linux/resources/memory", json!({"swappiness": 10}), "linux.resources.memory.swappiness: "),
+        ("/linux/resources/memory", json!({"disableOOMKiller": true}), "linux.resources.memory.disableOOMKiller: "),
+        ("/linux/resources/network", json!({"classID": 1}), "linux.resources.network: "),
+        ("/linux/namespaces", json!([{"type": "user"}]), "linux.namespaces: user: "),
+        ("/linux/namespaces", json!([{"type": "ipc", "path": "/proc/1/ns/ipc"}]), "linux.namespaces: ipc: "),
+        ("/hooks", json!({"createRuntime": [{"path": "/host/hook"}]}), "hooks.createRuntime: /host/hook "),
+        ("/hooks", json!({"poststop": [{"path": "/host/hook"}]}), "hooks.poststop: /host/hook "),
+        ("/root", json!({"path": "rootfs"}), "root.path: "),
+    ];
+    for (pointer, value, beginning) in cases {
+        let said = refusal(pointer, value);
+        assert!(said.starts_with(beginning), "{said}");
+    }
+}
+
+#[test]
+fn empty_labels_and_unconfined_are_no_wish() {
+    for (pointer, value) in [
+        ("/process/apparmorProfile", json!("unconfined")),
+        ("/process/selinuxLabel", json!("")),
+        ("/linux/mountLabel", json!("")),
+        ("/hooks", json!({"poststop": []})),
+    ] {
+        adapt(&with(pointer, value)).unwrap();
+    }
+}
+
+#[test]
+fn a_hook_of_the_container_stays() {
+    let create = adapt(&with("/hooks", json!({"startContainer": [{"path": "/bin/true"}]}))).unwrap();
+    assert_eq!(create.spec.hooks().as_ref().unwrap().start_container().as_ref().unwrap().len(), 1);
+}
+
+#[test]
+fn a_device_that_the_guest_lacks_is_named() {
+    let devices = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
+    assert_eq!(
+        refusal("/linux/devices", devices),
+        "linux.devices: /dev/fuse (10:229) does not exist in the guest"
+    );
+}
+
+#[test]
+fn a_privileged_container_gets_the_devices_that_exist() {
+    let mut spec = with(
+        "/linux/devices",
+        json!([
+            {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},
+            {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+        ]),
+    );
+    spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    let create = adapt(&spec).unwrap();
+    let devices = create.spec.linux().as_ref().unwrap().devices().clone().unwrap();
+    assert_eq!(devices.len(), 1);
+    assert_eq!(devices[0].path(), Path::new("/dev/null"));
+    assert_eq!(create.devices.len(), 1);
+}
+
+#[test]
+fn sysctls_of_the_pod_reach_containers_with_an_ipc_namespace() {
+    let pod = [("kernel.shmmax".to_owned(), "1".to_owned()), ("kernel.sem".to_owned(), "2".to_owned())];
+    let guest = Guest { ipc_sysctls: &pod, ..guest() };
+    let mut spec = with("/linux/sysctl", json!({"kernel.sem": "own"}));
+    let adapt = |spec: &Value| container("c", spec.to_string().as_bytes(), None, &guest).unwrap();
+    assert_eq!(adapt(&spec).spec.linux().as_ref().unwrap().sysctl().as_ref().unwrap().len(), 1);
+    spec["linux"]["namespaces"] = json!([{"type": "ipc"}]);
+    let sysctls = adapt(&spec).spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
+    assert_eq!((sysctls["kernel.sem"].as_str(), sysctls["kernel.shmmax"].as_str()), ("own", "1"));
+}
+
+#[test]
+fn ids_are_plain_names() {
+    for good in ["a", "1f.2_3+4-x", &"x".repeat(128)] {
+        check_id(good).unwrap();
+    }
+    for bad in ["", ".", "..", ".hidden", "a/b", "a b", "ü", &"x".repeat(129)] {
+        check_id(bad).unwrap_err();
+    }
+}
+
+#[test]
+fn limits_are_read_and_rules_of_devices_left_alone() {
+    let limits = resources(br#"{"memory": {"limit": 5}, "devices": [{"allow": false}]}"#).unwrap();
+    assert_eq!(limits.memory().as_ref().unwrap().limit(), Some(5));
+    assert!(limits.devices().is_none());
+    assert!(resources(b"{").unwrap_err().to_string().starts_with("the resources cannot be read: "));
+}
+
+proptest::proptest! {
+    /// Any bytes are translated or refused, without a panic.
+    #[test]
+    fn any_bytes_are_refused_without_panic(bytes: Vec<u8>) {
+        let _ = container("c", &bytes, None, &guest());
+        let _ = resources(&bytes);
+    }
+}
