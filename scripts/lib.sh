@@ -68,11 +68,16 @@ profile=${PROFILE:-release}
 # built NAME: the path of a program of ours.
 built() { echo "${CARGO_TARGET_DIR:-$top/target}/x86_64-unknown-linux-gnu/${profile/#dev/debug}/$1"; }
 
-# find_cargo: put cargo into $cargo, or say how to get it.
+# find_cargo: put cargo into $cargo, or say how to get it. Under sudo that of the user who called it.
 find_cargo() {
+    local home
     cargo=$(command -v cargo || true)
-    [ -n "$cargo" ] || { [ ! -x "${HOME:-/root}/.cargo/bin/cargo" ] || cargo=${HOME:-/root}/.cargo/bin/cargo; }
-    [ -n "$cargo" ] || die "cargo is missing. Install Rust from https://rustup.rs, or with apt-get install rustup && rustup default stable (Debian 13), open a new shell and try again"
+    for home in "${HOME:-/root}" "$(getent passwd "${SUDO_USER:-root}" | cut -d: -f6)"; do
+        [ -z "$cargo" ] && [ -x "$home/.cargo/bin/cargo" ] || continue
+        cargo=$home/.cargo/bin/cargo
+        export RUSTUP_HOME="${RUSTUP_HOME:-$home/.rustup}"
+    done
+    [ -n "$cargo" ] || die "cargo is missing. Install Rust as rust-lang.org/tools/install says, or on Debian 13 with: apt-get install rustup && rustup default stable. Then try again"
 }
 
 # write_config FILE STATE_DIR: a config.toml that points to what is built here. Keys

@@ -12,6 +12,7 @@ mod cgroup;
 mod configure;
 mod error;
 mod events;
+mod host;
 mod launcher;
 mod log;
 mod netns;

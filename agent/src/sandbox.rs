@@ -460,7 +460,7 @@ impl Sandbox {
         if !allowed.contains(&container.status) {
             return Err(match container.status {
                 Status::Stopped => Error::no_process(id, ""),
-                status => not_in(id, status, doing.trim_start_matches("being ")),
+                status => not_in(id, status, &doing.replace("being", "be")),
             });
         }
         Ok(std::mem::replace(&mut container.status, Status::Busy(doing)))

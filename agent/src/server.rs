@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use async_trait::async_trait;
 use bulkhead_proto::{
-    CONTROL_PORT, HOST_CID, PROTOCOL_VERSION,
+    CONTROL_PORT, PROTOCOL_VERSION,
     agent::{
         Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
         CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, PidsResponse,
@@ -26,7 +26,6 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::Notify,
 };
-use tokio_vsock::{VsockAddr, VsockStream};
 use ttrpc::{
     Result,
     asynchronous::{Server, ServerStreamSender, TtrpcContext, transport::Listener},
@@ -36,6 +35,7 @@ use crate::{
     configure,
     error::Error,
     events::{self, Queue},
+    host::HostStream,
     launcher::Zygote,
     sandbox::Sandbox,
 };
@@ -48,7 +48,7 @@ pub(crate) async fn run(zygote: Zygote) -> anyhow::Result<()> {
     // Before the first container, so that no end is missed.
     let mut children = signal(SignalKind::child()).context("watch for ended children")?;
 
-    let mut host = VsockStream::connect(VsockAddr::new(HOST_CID, CONTROL_PORT))
+    let mut host = HostStream::dial(CONTROL_PORT)
         .await
         .with_context(|| format!("dial the host at vsock port {CONTROL_PORT}"))?;
     host.write_all(&encode_hello(&hello())).await.context("say hello to the host")?;
@@ -88,7 +88,7 @@ fn hello() -> Hello {
 
 /// The connection to the host, which tells when the host has hung up: ttrpc does not.
 struct Connection {
-    stream: VsockStream,
+    stream: HostStream,
     hung_up: Arc<Notify>,
 }
 

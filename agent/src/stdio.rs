@@ -16,7 +16,7 @@ use std::{
 };
 
 use bulkhead_proto::{
-    HOST_CID, STREAM_PORT,
+    STREAM_PORT,
     agent::Stdio,
     stream::{Token, encode_stream},
 };
@@ -30,11 +30,11 @@ use tokio::{
     net::unix::pipe,
     task::AbortHandle,
 };
-use tokio_vsock::{VsockAddr, VsockStream};
 
 use crate::{
     error::{Doing, Error, Result},
     events::Events,
+    host::HostStream,
 };
 
 /// Bytes that are moved at once; a pipe holds as many.
@@ -50,7 +50,7 @@ pub(crate) struct Streams {
 /// One connection, and the token that has opened it.
 struct Stream {
     token: Token,
-    socket: VsockStream,
+    socket: HostStream,
 }
 
 /// The pumps of a process that is being launched; they begin when it has been.
@@ -78,7 +78,7 @@ async fn connect(token: &[u8]) -> Result<Option<Stream>> {
     }
     let token = Token::try_from(token).map_err(|e| Error::Invalid(e.to_string()))?;
     let dialled = async {
-        let mut socket = VsockStream::connect(VsockAddr::new(HOST_CID, STREAM_PORT)).await?;
+        let mut socket = HostStream::dial(STREAM_PORT).await?;
         socket.write_all(&encode_stream(&token)).await?;
         io::Result::Ok(socket)
     };

@@ -7,6 +7,17 @@
 parts=$cache/parts
 mkdir -p "$parts"
 
+# What a failed build leaves behind is of no use to the next one.
+scratches=()
+
+# scratch: put the path of a new folder, on the same disk as its final place, into $scratch.
+scratch() {
+    scratch=$(mktemp -d -p "$parts" build.XXXXXX)
+    scratches+=("$scratch")
+    # Here, because a command substitution has traps of its own.
+    trap 'rm -rf "${scratches[@]}"' EXIT
+}
+
 # publish STAGED PLACE: an atomic rename, so that a present result is a whole one.
 publish() {
     mkdir -p "$(dirname "$2")"
@@ -37,26 +48,25 @@ go_is_new() {
 
 # Debian 12's Go is too old to fetch its successor by itself, but can download it as a module.
 fetch_go() {
-    local version=go1.26.8 dir
-    local sum=h1:PLACEHOLDER
-    dir=$parts/go/$version
-    if [ ! -x "$dir/bin/go" ]; then
+    local version=go1.26.8
+    local sum=h1:ZOmGe1OnfREDMIdb1Qi4G9JSuDPBLGExZMQ4nis1RXM=
+    local place=$parts/go/$version
+    if [ ! -x "$place/bin/go" ]; then
         say "fetching the Go toolchain $version"
-        with_lock "$parts/lock/go" unpack_go "golang.org/toolchain" "v0.0.1-$version.linux-amd64" "$sum" "$dir"
+        with_lock "$parts/lock/go" unpack_go "golang.org/toolchain" "v0.0.1-$version.linux-amd64" "$sum" "$place"
     fi
-    go=$dir/bin/go
+    go=$place/bin/go
 }
 
 unpack_go() {
     [ ! -x "$4/bin/go" ] || return 0
-    local staged
-    staged=$(mktemp -d -p "$parts" go.XXXXXX)
+    scratch
     module_dir "$1" "$2" "$3"
-    cp -R "$dir/." "$staged"
-    chmod -R u+w "$staged"
+    cp -R "$dir/." "$scratch"
+    chmod -R u+w "$scratch"
     # Modules carry no executable bits.
-    chmod +x "$staged"/bin/* "$staged"/pkg/tool/*/*
-    publish "$staged" "$4"
+    chmod +x "$scratch"/bin/* "$scratch"/pkg/tool/*/*
+    publish "$scratch" "$4"
 }
 
 # module_dir MODULE VERSION SUM: download a module, check its sum, put its folder into $dir.
@@ -72,7 +82,8 @@ module_dir() {
 # its own go.sum pins everything below it.
 module_copy() {
     module_dir "$@"
-    work=$(mktemp -d -p "$parts" build.XXXXXX)
+    scratch
+    work=$scratch
     cp -R "$dir/." "$work"
     chmod -R u+w "$work"
     rm -rf "$work/vendor"
@@ -98,8 +109,9 @@ cargo_part() {
 
 cargo_install() {
     [ ! -x "$4/bin/$1" ] || return 0
-    local staged started=$SECONDS log=$parts/$1-$2.log file got
-    staged=$(mktemp -d -p "$parts" build.XXXXXX)
+    local started=$SECONDS log=$parts/$1-$2.log file got
+    scratch
+    find_cargo
     say "building $1 $2 (log: $log)"
     # From the root folder and without the caller's settings: this tree's .cargo/config.toml is for
     # its own programs. The index pins the package, the package's own lock file pins all below it.
@@ -109,17 +121,16 @@ cargo_install() {
         RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static \
             LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu LIBCAPNG_LINK_TYPE=static \
             LIBCAPNG_LIB_PATH=/usr/lib/x86_64-linux-gnu CARGO_PROFILE_RELEASE_STRIP=symbols \
-            nice cargo install --locked --target x86_64-unknown-linux-gnu --root "$staged/root" \
-            --target-dir "$staged/target" --version "=$2" "$1"
-    ) >"$log" 2>&1 </dev/null || { tail -n 30 "$log" >&2; rm -rf "$staged"; die "$1 $2 did not build"; }
+            nice "$cargo" install --locked --target x86_64-unknown-linux-gnu --root "$scratch/root" \
+            --target-dir "$scratch/target" --version "=$2" "$1"
+    ) >"$log" 2>&1 </dev/null || { tail -n 30 "$log" >&2; die "$1 $2 did not build"; }
     for file in "${CARGO_HOME:-${HOME:-/root}/.cargo}"/registry/cache/*/"$1-$2.crate"; do
         got=$(sha256sum <"$file" | cut -d' ' -f1)
         [ "$got" = "$3" ] || die "$file has the sum $got, pinned is $3"
     done
     # A static program that was given a shared library links well and dies at once.
-    "$staged/root/bin/$1" --version >/dev/null 2>&1 || die "$1 $2 was built but does not run"
-    publish "$staged/root" "$4"
-    rm -rf "$staged"
+    "$scratch/root/bin/$1" --version >/dev/null 2>&1 || die "$1 $2 was built but does not run"
+    publish "$scratch/root" "$4"
     say "$1 $2 built in $((SECONDS - started)) s"
 }
 
@@ -133,17 +144,15 @@ debian_files() {
 
 debian_unpack() {
     [ ! -d "$2" ] || return 0
-    local staged
-    staged=$(mktemp -d -p "$parts" build.XXXXXX)
+    scratch
     say "fetching the Debian package $1"
     # apt checks the sum against the signed lists, which a fresh machine may not have yet.
     (
-        cd "$staged"
+        cd "$scratch"
         debian_download "$1" || { apt_get update && debian_download "$1"; }
-    ) >"$staged/log" 2>&1 || { cat "$staged/log" >&2; die "apt-get could not download $1"; }
-    dpkg-deb -x "$staged"/*.deb "$staged/files"
-    publish "$staged/files" "$2"
-    rm -rf "$staged"
+    ) >"$scratch/log" 2>&1 || { cat "$scratch/log" >&2; die "apt-get could not download $1"; }
+    dpkg-deb -x "$scratch"/*.deb "$scratch/files"
+    publish "$scratch/files" "$2"
 }
 
 debian_download() { apt_get -o APT::Sandbox::User=root download "$1"; }

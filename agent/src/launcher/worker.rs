@@ -22,6 +22,7 @@ use libcontainer::{
     syscall::syscall::SyscallType,
 };
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg, OFlag},
     unistd::pipe2,
 };
@@ -163,16 +164,35 @@ fn launch(
     }
 }
 
-/// Our own words where we have some, else libcontainer's, with the first thing it complained of: it passes
-/// errors from one process to the next without their causes.
+/// Our own words where we have some, else libcontainer's, with the first thing it complained of and what the
+/// kernel said: it passes errors from one process to the next without their causes.
 fn reason(ours: String, chain: &str, log: &str) -> String {
     if !ours.is_empty() {
         return ours;
     }
-    match log.lines().next() {
-        Some(first) if !chain.contains(first) => format!("{chain} ({first})"),
-        _ => chain.to_owned(),
+    let mut chain = chain;
+    while let Some(rest) = PREFIXES.iter().find_map(|prefix| chain.strip_prefix(prefix)) {
+        chain = rest.trim_start();
     }
+    let first = log.lines().next().filter(|first| !chain.contains(first));
+    let cause = kernel_said(log).filter(|cause| !chain.contains(cause) && !first.unwrap_or("").contains(cause));
+    [Some(chain.to_owned()), first.map(str::to_owned), cause].into_iter().flatten().collect::<Vec<_>>().join(": ")
+}
+
+/// What libcontainer puts before an error for the way it took, which helps nobody.
+const PREFIXES: &[&str] = &[
+    "failed to create container:",
+    "exec process failed with error",
+    "error in executing process :",
+    "intermediate process error",
+];
+
+/// The first error number in a log of `{:?}`, in words.
+fn kernel_said(log: &str) -> Option<String> {
+    let name = log.split("Nix(").nth(1).and_then(|rest| rest.split(')').next());
+    let code = log.split("Os { code: ").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
+    let by_name = || (1..134).find(|code| name == Some(format!("{:?}", Errno::from_raw(*code)).as_str()));
+    code.or_else(by_name).map(|code| why(&io::Error::from_raw_os_error(code)))
 }
 
 /// A pipe that never makes its writer wait, and is closed on exec.
@@ -268,6 +288,7 @@ fn check_files(spec: &Spec) -> Result<(), String> {
     if let Some(root) = spec.root() {
         fs::metadata(root.path()).map_err(|e| format!("root {}: {}", root.path().display(), why(&e)))?;
     }
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     for mount in spec.mounts().iter().flatten() {
         if let Some(source) = mount.source()
             && is_bind(mount)
@@ -280,6 +301,12 @@ fn check_files(spec: &Spec) -> Result<(), String> {
                     why(&e)
                 )
             })?;
+        } else if let Some(kind) = mount.typ()
+            && !known.lines().any(|line| line.split('\t').nth(1) == Some(kind))
+            && kind != "cgroup"
+        {
+            let at = mount.destination().display();
+            return Err(format!("mount at {at}: the guest has no file system of type {kind:?}"));
         }
     }
     Ok(())
@@ -372,7 +399,9 @@ mod tests {
     #[test]
     fn our_own_words_come_first_then_the_deepest_complaint() {
         assert_eq!(reason("exec: nope".into(), "chain", "log"), "exec: nope");
-        assert_eq!(reason(String::new(), "failed to prepare rootfs", "ENOENT\nlater"), "failed to prepare rootfs (ENOENT)");
+        assert_eq!(reason(String::new(), "prepare", "mount x\nerr=Mount(Nix(ENODEV))"), "prepare: mount x: no such device");
+        let prefixed = "failed to create container: exec process failed with error error in executing process : why";
+        assert_eq!(reason(String::new(), prefixed, ""), "why");
         assert_eq!(reason(String::new(), "all ENOENT", "ENOENT"), "all ENOENT");
         assert_eq!(reason(String::new(), "chain", ""), "chain");
     }

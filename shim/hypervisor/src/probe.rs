@@ -198,6 +198,8 @@ fn native_loop(rounds: u32) {
 // From linux/kvm.h and asm/kvm.h; the numbers are part of the kernel's stable interface.
 const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
 const KVM_CREATE_VM: libc::c_ulong = 0xae01;
+const KVM_GET_SUPPORTED_CPUID: libc::c_ulong = 0xc008_ae05;
+const KVM_SET_CPUID2: libc::c_ulong = 0x4008_ae90;
 const KVM_GET_VCPU_MMAP_SIZE: libc::c_ulong = 0xae04;
 const KVM_SET_USER_MEMORY_REGION: libc::c_ulong = 0x4020_ae46;
 const KVM_CREATE_VCPU: libc::c_ulong = 0xae41;
@@ -216,6 +218,17 @@ struct MemoryRegion {
     guest_address: u64,
     size: u64,
     host_address: u64,
+}
+
+/// As many entries as KVM's own limit (KVM_MAX_CPUID_ENTRIES).
+const CPUID_ENTRIES: usize = 256;
+
+/// The header, and entries of ten words that are only passed on.
+#[repr(C)]
+struct Cpuid {
+    count: u32,
+    padding: u32,
+    entries: [[u32; 10]; CPUID_ENTRIES],
 }
 
 #[repr(C)]
@@ -314,6 +327,10 @@ impl Machine {
         let vcpu = owned(ioctl(&vm, "KVM_CREATE_VCPU", KVM_CREATE_VCPU, 0)?);
         let size = ioctl(kvm, "KVM_GET_VCPU_MMAP_SIZE", KVM_GET_VCPU_MMAP_SIZE, 0)?;
         let run = Mapping::new(usize::try_from(size).unwrap_or_default(), Some(vcpu.as_raw_fd()))?;
+        // Without a CPUID that says so, the guest has no long mode and KVM refuses the registers below.
+        let mut cpuid = Cpuid { count: CPUID_ENTRIES as u32, padding: 0, entries: [[0; 10]; CPUID_ENTRIES] };
+        ioctl(kvm, "KVM_GET_SUPPORTED_CPUID", KVM_GET_SUPPORTED_CPUID, &raw mut cpuid as libc::c_ulong)?;
+        ioctl(&vcpu, "KVM_SET_CPUID2", KVM_SET_CPUID2, &raw const cpuid as libc::c_ulong)?;
         set_registers(&vcpu)?;
         Ok(Self { vcpu, _vm: vm, run, memory, create_vm })
     }

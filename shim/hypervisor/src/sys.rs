@@ -1,5 +1,5 @@
-//! The few calls that no safe crate offers: pidfds, what a child does before exec, and a descriptor
-//! as a source of events. Knows no program.
+//! The few calls that no safe crate offers: pidfds, what a child does before exec, a descriptor
+//! as a source of events, and the time stamp counter. Knows no program.
 #![allow(unsafe_code)]
 
 use std::{
@@ -72,6 +72,12 @@ pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>) {
     };
     // SAFETY: the closure keeps to async-signal-safe calls, see above; it allocates nothing.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// The processor's time stamp counter.
+pub(crate) fn time_stamp_counter() -> u64 {
+    // SAFETY: every x86-64 processor has the instruction, and Linux lets programs use it.
+    unsafe { std::arch::x86_64::_rdtsc() }
 }
 
 fn check(answer: libc::c_long) -> io::Result<libc::c_long> {

@@ -28,6 +28,15 @@ async fn a_machine_boots_shares_files_and_ends() {
     assert_eq!(parts, [QEMU, VIRTIOFSD, VSOCK]);
     assert_eq!(running.machine.processes()[0].1, running.machine.pid());
 
+    // A guest that must count ticks is slow, coarse and never idle.
+    running.command("mount sysfs sysfs /sys").await;
+    let clock = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    if std::fs::read_to_string(clock).unwrap().trim() == "tsc" {
+        // Called tsc-early in the first second.
+        let found = running.command(&format!("read {clock}")).await;
+        assert!(found.starts_with("tsc"), "{found}");
+    }
+
     running.command("mount virtiofs share /share").await;
     std::fs::write(rig.share().join("from-host"), "one").unwrap();
     assert_eq!(running.command("read /share/from-host").await, "one");

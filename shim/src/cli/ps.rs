@@ -17,12 +17,11 @@ struct State {
     namespace: String,
     id: String,
     shim_pid: u32,
-    /// 0 or absent while no machine runs.
-    #[serde(default)]
-    vmm_pid: u32,
-    backend: String,
-    memory_mib: u64,
-    vcpus: u32,
+    /// Absent, with the three below it, until the machine runs.
+    vmm_pid: Option<u32>,
+    backend: Option<String>,
+    memory_mib: Option<u64>,
+    vcpus: Option<u32>,
     created_unix_nanos: u64,
     bundle: PathBuf,
     #[serde(default)]
@@ -33,7 +32,7 @@ struct State {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 struct Container {
     id: String,
-    pid: u32,
+    pid: i32,
     status: String,
 }
 
@@ -42,16 +41,16 @@ struct Container {
 struct Pod {
     namespace: String,
     id: String,
-    /// `running`, or `dead` for what a killed shim has left behind.
+    /// `starting` until the machine runs, `running`, or `dead` for what a killed shim has left behind.
     status: &'static str,
-    backend: String,
-    vcpus: u32,
+    backend: Option<String>,
+    vcpus: Option<u32>,
     /// The machine's size.
-    memory_mib: u64,
+    memory_mib: Option<u64>,
     /// What the pod's processes on the host really use, shared pages in proportion.
     memory_used_bytes: u64,
     shim_pid: u32,
-    vmm_pid: u32,
+    vmm_pid: Option<u32>,
     created_unix_nanos: u64,
     age_seconds: u64,
     bundle: PathBuf,
@@ -104,7 +103,11 @@ fn pod(state: State, state_dir: PathBuf, now: u64) -> Pod {
     Pod {
         namespace: state.namespace,
         id: state.id,
-        status: if alive { "running" } else { "dead" },
+        status: match (alive, state.vmm_pid) {
+            (false, _) => "dead",
+            (true, None) => "starting",
+            (true, Some(_)) => "running",
+        },
         backend: state.backend,
         vcpus: state.vcpus,
         memory_mib: state.memory_mib,
@@ -124,16 +127,18 @@ fn table(out: &mut dyn Write, pods: &[Pod]) -> anyhow::Result<()> {
         ["NAMESPACE", "POD", "STATUS", "BACKEND", "VCPUS", "MEMORY", "SHIM", "VMM", "AGE", "CONTAINERS"];
     let mut rows = vec![heads.map(str::to_owned)];
     rows.extend(pods.iter().map(|pod| {
+        let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+        let used = output::mib(pod.memory_used_bytes);
         let containers = pod.containers.iter().map(|c| format!("{} ({}, pid {})", c.id, c.status, c.pid));
         [
             pod.namespace.clone(),
             pod.id.clone(),
             pod.status.to_owned(),
-            pod.backend.clone(),
-            pod.vcpus.to_string(),
-            format!("{} of {} MiB", output::mib(pod.memory_used_bytes), pod.memory_mib),
+            or_dash(pod.backend.clone()),
+            or_dash(pod.vcpus.map(|vcpus| vcpus.to_string())),
+            pod.memory_mib.map_or_else(|| used.clone(), |size| format!("{used} of {size} MiB")),
             pod.shim_pid.to_string(),
-            if pod.vmm_pid == 0 { "-".to_owned() } else { pod.vmm_pid.to_string() },
+            or_dash(pod.vmm_pid.map(|pid| pid.to_string())),
             output::age(pod.age_seconds),
             containers.collect::<Vec<_>>().join(", "),
         ]
@@ -190,6 +195,18 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with("young (running, pid 42)\n"), "{text}");
+    }
+
+    #[test]
+    fn a_pod_without_a_machine_yet_is_listed_too() {
+        let text = r#"{"namespace":"n","id":"i","shim_pid":4294967295,"created_unix_nanos":1,"bundle":"/b"}"#;
+        let folder = written(&[("a", text.to_owned())]);
+        let (pods, unread) = pods(folder.path()).unwrap();
+        assert!(unread.is_empty(), "{unread:?}");
+        let mut out = Vec::new();
+        table(&mut out, &pods).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        assert!(text.contains("i    dead    -        -      0.0 MiB  4294967295  -"), "{text}");
     }
 
     #[test]

@@ -32,19 +32,6 @@ pub(crate) struct Host {
 impl Host {
     /// Looks at this machine, with the operator's command under test.
     pub(crate) fn look(bulkhead: &Path, config: &Path, address: &Path, commit: &str) -> anyhow::Result<Self> {
-        let ask = |name: &str| {
-            let mut command = Command::new(bulkhead);
-            command.env("BULKHEAD_CONFIG", config).env("CONTAINERD_ADDRESS", address);
-            let output = command.args([name, "--output", "json"]).output();
-            let output = output.with_context(|| format!("cannot start {}", bulkhead.display()))?;
-            // A failed fact is an exit status of 1 with an answer all the same.
-            ensure!(
-                !output.stdout.is_empty(),
-                "bulkhead {name}: {}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-            serde_json::from_slice(&output.stdout).with_context(|| format!("bulkhead {name} --output json"))
-        };
         let cpuinfo = read("/proc/cpuinfo");
         let acceleration = match probe::acceleration() {
             probe::Acceleration::Hardware { how } => format!("hardware: {how}"),
@@ -62,11 +49,22 @@ impl Host {
             kvm_create_vm_seconds: probe::probe(Path::new(probe::DEVICE))
                 .ok()
                 .map(|probe| probe.create_vm.as_secs_f64()),
-            check: ask("check")?,
-            versions: ask("version")?,
+            check: ask(bulkhead, config, address, "check")?,
+            versions: ask(bulkhead, config, address, "version")?,
             commit: commit.to_owned(),
         })
     }
+}
+
+/// What the operator's command answers to one of its subcommands.
+pub(crate) fn ask(bulkhead: &Path, config: &Path, address: &Path, name: &str) -> anyhow::Result<Value> {
+    let mut command = Command::new(bulkhead);
+    command.env("BULKHEAD_CONFIG", config).env("CONTAINERD_ADDRESS", address);
+    let output = command.args([name, "--output", "json"]).output();
+    let output = output.with_context(|| format!("cannot start {}", bulkhead.display()))?;
+    // A failed fact is an exit status of 1 with an answer all the same.
+    ensure!(!output.stdout.is_empty(), "bulkhead {name}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).with_context(|| format!("bulkhead {name} --output json"))
 }
 
 /// The load over the last minute.

@@ -101,7 +101,8 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let kept = bench.remove_all().await;
     let mut report = outcome?;
     report.left_behind.extend(kept);
-    report.left_behind.extend(bench.left_behind());
+    let pods = host::ask(&arguments.bulkhead, &arguments.config, &arguments.address, "ps")?;
+    report.left_behind.extend(bench.left_behind(&pods));
 
     let table = report.table();
     let drawn = timeline::svg("one start (ctr run … echo), the median of those measured", &report.timeline);

@@ -101,9 +101,14 @@ impl Bench {
         memory::shims(&self.ctr.address.display().to_string(), ids)
     }
 
-    /// Shims of ours that outlived their containers.
-    pub(crate) fn left_behind(&self) -> Vec<String> {
-        self.shims(&self.ids.borrow()).into_iter().map(|pid| format!("process {pid}, a shim")).collect()
+    /// Shims of ours that outlived their containers, and state of ours that is listed in `pods` (`bulkhead ps`).
+    pub(crate) fn left_behind(&self, pods: &serde_json::Value) -> Vec<String> {
+        let ids = self.ids.borrow();
+        let shims = self.shims(&ids).into_iter().map(|pid| format!("process {pid}, a shim"));
+        let listed = pods.as_array().into_iter().flatten().filter_map(|pod| pod["id"].as_str());
+        let listed =
+            listed.filter(|id| ids.iter().any(|ours| ours == id)).map(|id| format!("state of the pod {id}"));
+        shims.chain(listed).collect()
     }
 
     /// Whole lives of containers.
@@ -196,6 +201,21 @@ fn around(run: &Run, spans: Vec<Span>) -> Vec<Span> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_our_own_pods_are_left_behind() {
+        let bench = Bench::new(Ctr {
+            program: "/ctr".into(),
+            address: "/s".into(),
+            namespace: "default".into(),
+            image: "i".into(),
+            config: "/c".into(),
+        });
+        let ours = bench.id(Runtime::Bulkhead);
+        let pods = serde_json::json!([{ "id": ours }, { "id": "somebody's" }]);
+        assert_eq!(bench.left_behind(&pods), [format!("state of the pod {ours}")]);
+        assert!(bench.left_behind(&serde_json::json!([])).is_empty());
+    }
 
     #[test]
     fn the_runtimes_take_turns() {

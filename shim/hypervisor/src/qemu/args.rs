@@ -22,6 +22,8 @@ const GUEST_CID: u32 = 3;
 pub(super) struct Wiring<'a> {
     /// `-cpu`.
     pub(super) cpu: &'a str,
+    /// Frequency of the time stamp counter, if it is to be trusted.
+    pub(super) tsc_khz: Option<u32>,
     /// Size of the buffer of translated code.
     pub(super) translation_buffer: SizeMib,
     /// Connection to virtiofsd, where the shape has a share.
@@ -53,7 +55,7 @@ pub(super) fn qemu(shape: &Shape, bindings: &Bindings, wiring: &Wiring<'_>) -> V
     // Shared, for the helpers map the guest's memory too. Pages are taken when they are touched.
     args.pair("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", shape.memory.0));
     args.option("-kernel", &bindings.kernel).option("-initrd", &bindings.initrd);
-    args.pair("-append", cmdline::build(shape));
+    args.pair("-append", cmdline::build(shape, wiring.tsc_khz));
     args.pair("-chardev", "stdio,id=console,signal=off").pair("-serial", "chardev:console");
 
     args.pair("-chardev", format!("socket,id=vsock,fd={}", wiring.vsock));

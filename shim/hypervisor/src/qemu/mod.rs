@@ -18,6 +18,7 @@
 mod args;
 mod cmdline;
 mod machine;
+mod tsc;
 mod version;
 
 use std::{
@@ -34,7 +35,7 @@ use async_trait::async_trait;
 use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 
 pub use self::version::Version;
-use self::{args::Wiring, machine::QemuMachine};
+use self::{args::Wiring, machine::QemuMachine, tsc::Stopwatch};
 use crate::{
     Hypervisor, Journal, LaunchError, Machine,
     child::{Child, ChildSpec},
@@ -84,16 +85,23 @@ impl Default for QemuConfig {
     }
 }
 
-/// The backend for software emulation.
-#[derive(Clone, Debug, Default)]
+/// The backend for software emulation. Make it early: it measures the host's clock from then on.
+#[derive(Clone, Debug)]
 pub struct Qemu {
     config: QemuConfig,
+    clock: Stopwatch,
+}
+
+impl Default for Qemu {
+    fn default() -> Self {
+        Self::new(QemuConfig::default())
+    }
 }
 
 impl Qemu {
     /// A backend that uses these programs.
     pub fn new(config: QemuConfig) -> Self {
-        Self { config }
+        Self { config, clock: Stopwatch::start() }
     }
 
     /// Asks the program for its version.
@@ -182,6 +190,7 @@ impl Hypervisor for Qemu {
 
         let wiring = Wiring {
             cpu: version.cpu(),
+            tsc_khz: self.clock.khz(),
             translation_buffer: self.config.translation_buffer,
             share: share_connection.as_ref().map(AsRawFd::as_raw_fd),
             vsock: vsock_connection.as_raw_fd(),
@@ -242,11 +251,10 @@ fn check(shape: &Shape, bindings: &Bindings) -> Result<(), LaunchError> {
             format!("this backend makes 1 to {MAX_VCPUS}"),
         );
     }
-    let len = cmdline::build(shape).len();
     let longest = cmdline::MAX_LEN - cmdline::RESERVED_LEN;
-    if len > longest {
+    if shape.cmdline.len() > longest {
         return impossible(
-            format!("a kernel command line of {len} bytes"),
+            format!("{} bytes of kernel parameters", shape.cmdline.len()),
             format!("there is room for {longest}"),
         );
     }

@@ -6,6 +6,7 @@ use crate::testing::shape_and_bindings;
 fn wiring() -> Wiring<'static> {
     Wiring {
         cpu: "max,-cx16",
+        tsc_khz: Some(2_300_000),
         translation_buffer: SizeMib(128),
         share: Some(11),
         vsock: 12,
@@ -44,7 +45,7 @@ fn golden_machine_with_a_share() {
 -object memory-backend-memfd,id=memory,size=256M,share=on
 -kernel /k/vmlinux
 -initrd /k/initrd
--append console=ttyS0 quiet panic=-1 reboot=t agent.log=debug
+-append console=ttyS0 quiet panic=-1 reboot=t noreplace-smp tsc_early_khz=2300000 tsc=reliable agent.log=debug
 -chardev stdio,id=console,signal=off
 -serial chardev:console
 -chardev socket,id=vsock,fd=12
