@@ -1,7 +1,7 @@
 //! Messages and ttrpc stubs generated from `agent.proto`.
 //! Holds no hand-written code.
 
-#![allow(missing_docs, nonstandard_style, unreachable_pub, unused, clippy::all)]
+#![allow(missing_docs, unreachable_pub, unused, nonstandard_style, clippy::all)]
 
 mod generated {
     // The generated stubs name the messages by `super::agent`.

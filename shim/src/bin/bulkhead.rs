@@ -1,2 +1,7 @@
-//! placeholder
-fn main() {}
+//! The operator's command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    bulkhead_shim::cli::main()
+}

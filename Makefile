@@ -1,0 +1,39 @@
+# The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
+.DEFAULT_GOAL := help
+.PHONY: help run up down env build image kernel parts test lint bench
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+run: ## from a fresh clone to a container in its own VM; leaves a private containerd up
+	@scripts/run
+
+up: ## start the private containerd of this checkout (socket .run/containerd.sock)
+	@scripts/up
+
+down: ## end it and everything that runs in it; images stay in .run/root
+	@scripts/down
+
+env: ## settings for a shell: eval "$(make -s env)", then plain ctr and bulkhead
+	@scripts/env
+
+build: ## the programs and the guest's root image
+	@scripts/build
+
+image: ## the guest's root image alone; prints its path
+	@scripts/build image
+
+kernel: ## the guest kernel, from Debian's source and guest-image/kernel; prints its path
+	@guest-image/build-kernel
+
+parts: ## the real clients and servers of the tests, pinned and cached; prints their paths
+	@CONTAINERD_VERSIONS="2.4.2 1.7.35" tests/parts/all
+
+test: ## unit, image, machine, contract and functional tests (tests/run GROUP… for some)
+	@tests/run
+
+lint: ## rustfmt, clippy, shellcheck
+	@scripts/lint
+
+bench: ## times and memory beside runc, as a table and JSON
+	@tests/perf/run

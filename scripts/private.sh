@@ -1,0 +1,68 @@
+# Where this checkout's private containerd lives, and whether it runs. Source it after lib.sh.
+# shellcheck shell=bash disable=SC2034,SC2154  # shares its names with lib.sh and with who sources it
+
+run=$top/.run
+namespace=default
+
+# A path of a unix socket has at most 107 bytes, and below this folder 36 more are needed
+# (pods/<16 digits>/vsock_1025): a deep checkout gets a short folder beside it, linked from .run/short.
+short=$run
+[ ${#run} -le 60 ] || short=/run/bulkhead-$(printf %s "$run" | sha256sum | cut -c1-12)
+# What clients of this containerd are told; $run/containerd.sock is the same socket.
+address=$short/containerd.sock
+pods=$short/pods
+
+# start_time PID: in ticks since boot; with the pid it names one process for ever.
+start_time() {
+    local stat
+    stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+    # The name in parentheses may hold spaces; the start time is the 20th field behind it.
+    # shellcheck disable=SC2086
+    set -- ${stat##*) }
+    [ "$1" != Z ] || return 1
+    echo "${20}"
+}
+
+# is_up: whether the containerd that `up` started runs still; its pid is then in $pid.
+is_up() {
+    local started
+    read -r pid started 2>/dev/null <"$run/containerd.pid" || return 1
+    [ "$(start_time "$pid")" = "$started" ]
+}
+
+# private_ctr ARGUMENTS…: ctr against the private containerd. Deprecations of the host (cgroup v1) are
+# nothing that whoever called us can mend here.
+private_ctr() { CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 "$run/bin/ctr" --address "$address" "$@"; }
+
+# cgroup_roots: every hierarchy's mount point (one with cgroup v2, many with v1).
+cgroup_roots() { awk '$3 == "cgroup" || $3 == "cgroup2" { print $2 }' /proc/mounts; }
+
+# start_containerd: start it from what `up` laid down, and return when it serves. Its pid is then in $pid.
+start_containerd() {
+    local log=$run/containerd.log
+    : >"$log"
+    # A session of its own: neither the caller's terminal nor its make may end it. Nothing but the log
+    # is kept open, or whoever reads our output would wait for a daemon.
+    PATH=$run/bin:$PATH BULKHEAD_CONFIG=$run/config.toml \
+        setsid "$run/bin/containerd" --config "$run/containerd.toml" </dev/null >>"$log" 2>&1 &
+    pid=$!
+    echo "$pid $(start_time "$pid")" >"$run/containerd.pid"
+    wait_ready "$log"
+}
+
+# wait_ready LOG: return when containerd says in its log that it serves; fail when it ends or is late.
+wait_ready() {
+    local line reader fd ready=
+    exec {fd}< <(exec tail -n +1 -f --pid="$pid" "$1" 2>/dev/null)
+    reader=$!
+    while read -r -t 60 line <&"$fd"; do
+        case $line in *"containerd successfully booted"*) ready=yes && break ;; esac
+    done
+    kill "$reader" 2>/dev/null || true
+    exec {fd}<&-
+    [ -z "$ready" ] || return 0
+    tail -n 20 "$1" >&2
+    "$top/scripts/end-process" KILL "$pid" 10
+    say "containerd did not start (log: $1)"
+    return 1
+}

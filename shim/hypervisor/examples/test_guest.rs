@@ -1,0 +1,64 @@
+//! PID 1 of the guests in this crate's tests: dials the host and does what it is told.
+//! Knows nothing of the agent or its protocol; one command is one line, and so is its answer.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Write},
+    os::fd::AsRawFd,
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sys::{
+        reboot::{RebootMode, reboot},
+        socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket},
+    },
+};
+
+const HOST_CID: u32 = 2;
+const PORT: u32 = 1024;
+
+fn main() {
+    let error = serve().err();
+    // Seen on the console, which is all that is left.
+    eprintln!("test guest: {error:?}");
+    let _ = reboot(RebootMode::RB_AUTOBOOT);
+}
+
+fn serve() -> io::Result<()> {
+    let host = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    connect(host.as_raw_fd(), &VsockAddr::new(HOST_CID, PORT))?;
+    let mut host = fs::File::from(host);
+    let uptime = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
+    writeln!(host, "hello {}", uptime.tv_sec() * 1_000_000 + uptime.tv_nsec() / 1_000)?;
+    for line in BufReader::new(host.try_clone()?).lines() {
+        let line = line?;
+        let mut words = line.split(' ');
+        let mut word = || words.next().unwrap_or_default();
+        let answer = match word() {
+            "mount" => {
+                let (kind, source, target) = (word(), word(), word());
+                fs::create_dir_all(target)
+                    .and_then(|()| {
+                        Ok(mount(Some(source), target, Some(kind), MsFlags::empty(), None::<&str>)?)
+                    })
+                    .map(|()| String::new())
+            }
+            "read" => fs::read_to_string(word()),
+            "write" => fs::write(word(), word()).map(|()| String::new()),
+            "list" => fs::read_dir(word()).map(|entries| {
+                let mut names: Vec<_> =
+                    entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+                names.sort();
+                names.join(" ")
+            }),
+            // The end of PID 1 is a panic.
+            "panic" => std::process::exit(7),
+            "restart" => return Ok(()),
+            other => Err(io::Error::other(format!("unknown command {other:?}"))),
+        };
+        let answer = answer.map_or_else(|e| format!("error {e}"), |text| format!("ok {text}"));
+        writeln!(host, "{}", answer.trim_end().replace('\n', "\\n"))?;
+    }
+    Ok(())
+}

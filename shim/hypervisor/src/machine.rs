@@ -1,0 +1,93 @@
+//! The two traits that every backend fulfils, and what they hand over.
+//! Knows no backend.
+
+use std::{fmt, io};
+
+use async_trait::async_trait;
+use bulkhead_vmm_spec::{Bindings, Shape};
+
+use crate::{Exit, LaunchError};
+
+/// Remembers processes beyond the life of this one, so that a later process can end what was left.
+pub trait Journal: Send + Sync {
+    /// Records a process: what it is, its pid, and its start time in clock ticks since boot
+    /// (field 22 of `/proc/<pid>/stat`), which together name it for good. When this fails the
+    /// process is ended at once.
+    fn process(&self, name: &str, pid: i32, start_time_ticks: u64) -> io::Result<()>;
+}
+
+/// A way to run machines.
+#[async_trait]
+pub trait Hypervisor: Send + Sync {
+    /// How configuration and `bulkhead ps` name it.
+    fn name(&self) -> &'static str;
+
+    /// Starts a machine and answers when its VMM runs; its guest is then still booting.
+    /// After an error nothing of the machine is left.
+    async fn launch(
+        &self,
+        shape: &Shape,
+        bindings: &Bindings,
+        journal: &dyn Journal,
+    ) -> Result<Box<dyn Machine>, LaunchError>;
+}
+
+/// A machine that was launched. Dropping it kills it.
+#[async_trait]
+pub trait Machine: Send {
+    /// The VMM's process.
+    fn pid(&self) -> i32;
+
+    /// Every process of the machine, the VMM first: name and pid. Empty once they are reaped.
+    fn processes(&self) -> Vec<(String, i32)>;
+
+    /// Waits for the first death of any part and says what it was; from then on answers the same at
+    /// once. Other parts may still live: [`Machine::kill`] ends them. May be cancelled at any time.
+    async fn ended(&mut self) -> MachineEnd;
+
+    /// Ends and reaps all parts and removes their sockets. Bounded in time, and may be repeated.
+    async fn kill(&mut self);
+}
+
+/// How a machine came to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineEnd {
+    /// The part that died first, by the name given to the journal.
+    pub part: String,
+    /// Its exit status.
+    pub exit: Exit,
+    /// We ended it ourselves, by [`Machine::kill`].
+    pub asked: bool,
+    /// The line by which the guest's kernel said that it panicked.
+    pub panic: Option<String>,
+    /// Last lines that the part wrote to standard error.
+    pub messages: Vec<String>,
+    /// Last lines of the guest's console.
+    pub console: Vec<String>,
+}
+
+impl MachineEnd {
+    /// The VMM ended by itself and in order, as it does when the guest powers off or restarts.
+    pub fn is_guest_shutdown(&self, vmm: &str) -> bool {
+        self.part == vmm && self.exit == Exit::Code(0) && self.panic.is_none()
+    }
+}
+
+impl fmt::Display for MachineEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.part, self.exit)?;
+        if self.asked {
+            f.write_str(" as asked")?;
+        }
+        if let Some(panic) = &self.panic {
+            write!(f, "; guest kernel: {panic}")?;
+        }
+        if !self.messages.is_empty() {
+            write!(f, "; it said: {}", self.messages.join(" | "))?;
+        }
+        if !self.asked && !self.console.is_empty() {
+            write!(f, "; end of the guest's console: {}", self.console.join(" | "))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,143 @@
+//! Command lines of the programs of one machine.
+//! Pure: values in, words out; nothing here looks at the system.
+
+use std::{
+    ffi::{OsStr, OsString},
+    os::{
+        fd::RawFd,
+        unix::ffi::{OsStrExt, OsStringExt},
+    },
+    path::Path,
+};
+
+use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
+
+use super::cmdline;
+
+/// Every guest has this address on its vsock device: each has a device of its own.
+const GUEST_CID: u32 = 3;
+
+/// What is known of a machine only when its helpers are up.
+#[derive(Clone, Debug)]
+pub(super) struct Wiring<'a> {
+    /// `-cpu`.
+    pub(super) cpu: &'a str,
+    /// Frequency of the time stamp counter, if it is to be trusted.
+    pub(super) tsc_khz: Option<u32>,
+    /// Size of the buffer of translated code.
+    pub(super) translation_buffer: SizeMib,
+    /// Connection to virtiofsd, where the shape has a share.
+    pub(super) share: Option<RawFd>,
+    /// Connection to the vsock device.
+    pub(super) vsock: RawFd,
+    /// QEMU's driver for each block device: `file` or `host_device`.
+    pub(super) block_drivers: &'a [&'static str],
+}
+
+/// Arguments of QEMU.
+pub(super) fn qemu(shape: &Shape, bindings: &Bindings, wiring: &Wiring<'_>) -> Vec<OsString> {
+    let mut args = Args::default();
+    // Nothing but what is asked for below: no configuration of the host, no default devices.
+    args.word("-no-user-config").word("-nodefaults").word("-no-reboot");
+    args.pair("-display", "none").pair("-monitor", "none");
+    args.pair("-name", "bulkhead,debug-threads=on");
+    // QEMU is told to forbid itself what it does not need: a guest that breaks out into it can
+    // neither start programs nor gain rights.
+    args.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    args.pair(
+        "-machine",
+        "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=on,graphics=off,memory-backend=memory",
+    );
+    args.pair("-accel", format!("tcg,thread=multi,tb-size={}", wiring.translation_buffer.0));
+    args.pair("-cpu", wiring.cpu);
+    args.pair("-smp", shape.vcpus.to_string());
+    args.pair("-m", format!("{}M", shape.memory.0));
+    // Shared, for the helpers map the guest's memory too. Pages are taken when they are touched.
+    args.pair("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", shape.memory.0));
+    args.option("-kernel", &bindings.kernel).option("-initrd", &bindings.initrd);
+    args.pair("-append", cmdline::build(shape, wiring.tsc_khz));
+    args.pair("-chardev", "stdio,id=console,signal=off").pair("-serial", "chardev:console");
+
+    args.pair("-chardev", format!("socket,id=vsock,fd={}", wiring.vsock));
+    args.pair("-device", "vhost-user-vsock-device,chardev=vsock");
+    if let (Some(tag), Some(fd)) = (&shape.share_tag, wiring.share) {
+        args.pair("-chardev", format!("socket,id=share,fd={fd}"));
+        args.pair("-device", format!("vhost-user-fs-device,chardev=share,tag={}", escaped(tag)));
+    }
+    let blocks = shape.blocks.iter().zip(&bindings.blocks).zip(wiring.block_drivers);
+    for (slot, ((block, binding), driver)) in blocks.enumerate() {
+        let read_only = if block.read_only { "on" } else { "off" };
+        let mut node = OsString::from(format!(
+            "driver=raw,node-name=block{slot},read-only={read_only},discard=unmap,file.driver={driver},file.filename="
+        ));
+        node.push(escaped_path(&binding.path));
+        args.pair("-blockdev", node);
+        args.pair(
+            "-device",
+            format!("virtio-blk-device,drive=block{slot},serial={}", escaped(&block.serial)),
+        );
+    }
+    args.0
+}
+
+/// Arguments of virtiofsd, which takes the listening socket `listener` as it is.
+pub(super) fn virtiofsd(share: &Path, listener: RawFd) -> Vec<OsString> {
+    let mut args = Args::default();
+    args.option("--shared-dir", share).pair("--fd", listener.to_string());
+    // In the host's mount namespace, so that what is mounted below the share later appears in it.
+    args.pair("--sandbox", "chroot");
+    // A guest sees what the host wrote when it opens a file, and names and attributes within 1 s;
+    // files can be mapped, which programs need to be run.
+    args.pair("--cache", "auto");
+    // File systems keep their own identity in the guest: inode numbers of two images never meet.
+    args.word("--announce-submounts");
+    // File handles instead of open descriptors, where a file system has them.
+    args.word("--inode-file-handles=prefer");
+    // Capabilities of files, and users' own attributes.
+    args.word("--xattr");
+    args.pair("--log-level", "warn");
+    args.0
+}
+
+/// Arguments of vhost-device-vsock, which makes both sockets.
+pub(super) fn vsock(device: &Path, host: &Path) -> Vec<OsString> {
+    let mut args = Args::default();
+    args.pair("--guest-cid", GUEST_CID.to_string());
+    args.option("--socket", device).option("--uds-path", host);
+    args.0
+}
+
+#[derive(Default)]
+struct Args(Vec<OsString>);
+
+impl Args {
+    fn word(&mut self, word: impl Into<OsString>) -> &mut Self {
+        self.0.push(word.into());
+        self
+    }
+    fn pair(&mut self, option: &str, value: impl Into<OsString>) -> &mut Self {
+        self.word(option).word(value)
+    }
+    fn option(&mut self, option: &str, value: impl AsRef<OsStr>) -> &mut Self {
+        self.pair(option, value.as_ref())
+    }
+}
+
+/// In a list of QEMU's options a comma ends a value unless it is doubled.
+fn escaped(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn escaped_path(path: &Path) -> OsString {
+    let mut out = Vec::new();
+    for &byte in path.as_os_str().as_bytes() {
+        out.push(byte);
+        if byte == b',' {
+            out.push(b',');
+        }
+    }
+    OsString::from_vec(out)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,108 @@
+use bulkhead_vmm_spec::{BlockBinding, BlockShape};
+
+use super::*;
+use crate::testing::shape_and_bindings;
+
+fn wiring() -> Wiring<'static> {
+    Wiring {
+        cpu: "max,-cx16",
+        tsc_khz: Some(2_300_000),
+        translation_buffer: SizeMib(128),
+        share: Some(11),
+        vsock: 12,
+        block_drivers: &[],
+    }
+}
+
+/// One option and its value a line, as a person would write them.
+fn shown(args: &[OsString]) -> String {
+    let mut out = String::new();
+    for arg in args {
+        let arg = arg.to_str().unwrap();
+        out.push_str(if arg.starts_with('-') { "\n" } else { " " });
+        out.push_str(arg);
+    }
+    out.push('\n');
+    out
+}
+
+#[test]
+fn golden_machine_with_a_share() {
+    let (shape, bindings) = shape_and_bindings();
+    let expected = "
+-no-user-config
+-nodefaults
+-no-reboot
+-display none
+-monitor none
+-name bulkhead,debug-threads=on
+-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-machine microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=on,graphics=off,memory-backend=memory
+-accel tcg,thread=multi,tb-size=128
+-cpu max,-cx16
+-smp 2
+-m 256M
+-object memory-backend-memfd,id=memory,size=256M,share=on
+-kernel /k/vmlinux
+-initrd /k/initrd
+-append console=ttyS0 quiet panic=-1 reboot=t noreplace-smp tsc_early_khz=2300000 tsc=reliable agent.log=debug
+-chardev stdio,id=console,signal=off
+-serial chardev:console
+-chardev socket,id=vsock,fd=12
+-device vhost-user-vsock-device,chardev=vsock
+-chardev socket,id=share,fd=11
+-device vhost-user-fs-device,chardev=share,tag=share
+";
+    assert_eq!(shown(&qemu(&shape, &bindings, &wiring())), expected);
+}
+
+#[test]
+fn golden_block_devices() {
+    let (mut shape, mut bindings) = shape_and_bindings();
+    shape.share_tag = None;
+    bindings.share = None;
+    shape.blocks = vec![
+        BlockShape { serial: "base".into(), read_only: true },
+        BlockShape { serial: "data,1".into(), read_only: false },
+    ];
+    bindings.blocks =
+        vec![BlockBinding { path: "/var/a,b.img".into() }, BlockBinding { path: "/dev/loop7".into() }];
+    let wiring = Wiring { share: None, block_drivers: &["file", "host_device"], ..wiring() };
+    let text = shown(&qemu(&shape, &bindings, &wiring));
+    let devices = &text[text.find("\n-device").unwrap()..];
+    assert_eq!(
+        devices,
+        "
+-device vhost-user-vsock-device,chardev=vsock
+-blockdev driver=raw,node-name=block0,read-only=on,discard=unmap,file.driver=file,file.filename=/var/a,,b.img
+-device virtio-blk-device,drive=block0,serial=base
+-blockdev driver=raw,node-name=block1,read-only=off,discard=unmap,file.driver=host_device,file.filename=/dev/loop7
+-device virtio-blk-device,drive=block1,serial=data,,1
+"
+    );
+}
+
+#[test]
+fn golden_helpers() {
+    assert_eq!(
+        shown(&virtiofsd(Path::new("/run/bulkhead/0123/share"), 9)),
+        "
+--shared-dir /run/bulkhead/0123/share
+--fd 9
+--sandbox chroot
+--cache auto
+--announce-submounts
+--inode-file-handles=prefer
+--xattr
+--log-level warn
+"
+    );
+    assert_eq!(
+        shown(&vsock(Path::new("/r/vhost-vsock"), Path::new("/r/vsock"))),
+        "
+--guest-cid 3
+--socket /r/vhost-vsock
+--uds-path /r/vsock
+"
+    );
+}

@@ -1,0 +1,80 @@
+//! The kernel's command line for a machine of this backend.
+//! Pure: text in, text out.
+
+use bulkhead_vmm_spec::Shape;
+
+/// The longest command line of an x86 kernel, in bytes with its end (`COMMAND_LINE_SIZE`).
+pub(super) const MAX_LEN: usize = 2048;
+/// Room left for what is added to the shape's own words here and by QEMU, which describes each
+/// device by `virtio_mmio.device=512@0x…:N`.
+pub(super) const RESERVED_LEN: usize = 512;
+
+/// What every machine of this backend is told, each with its reason. The times are CPU time from
+/// QEMU's start to the guest's hello, one processor, of about 1,030 ms without any of the last three
+/// groups (docs/emulation.md). What made no difference is left out: `no_timer_check`,
+/// `cryptomgr.notests`, `random.trust_cpu`, `rcupdate.rcu_expedited`, `8250.nr_uarts`, `nokaslr`.
+const PARAMETERS: &[&str] = &[
+    // The only console there is; QEMU hands it to us.
+    "console=ttyS0",
+    // A verbose console costs more than the rest of the boot. Errors and panics still come through.
+    "quiet",
+    // A panic restarts at once, and QEMU (-no-reboot) ends then: a dead guest is a dead process.
+    "panic=-1",
+    // Restart by triple fault: the machine has no ACPI and no keyboard controller to ask.
+    "reboot=t",
+    // Leaves the lock prefixes in a kernel that runs on one processor. To take out 11,000 of them is
+    // to write to pages of code, which makes the translator forget what it knows: -120 ms.
+    "noreplace-smp",
+];
+
+/// What a guest is told of its clock, given the frequency of its time stamp counter, which under this
+/// translator is the host's. Left to itself the guest finds nothing to measure the counter with, and
+/// keeps time by counting ticks: 4 ms coarse, late when the host is busy, and never idle, for the
+/// ticks must come (29 ms of CPU a second in place of 5 to 10).
+fn clock(tsc_khz: u32, vcpus: u32) -> String {
+    let mut words = format!("tsc_early_khz={tsc_khz} tsc=reliable");
+    if vcpus == 1 {
+        // Ticks come from the interval timer, for the kernel measures that of the processor for
+        // 200 ms, and cannot be told its frequency. Between several processors the ticks would have to
+        // be handed on by interrupts, which costs five times what an idle guest does.
+        words.push_str(" nolapic_timer");
+    }
+    words
+}
+
+/// Puts the command line together; what the shape adds comes last and thus wins.
+pub(super) fn build(shape: &Shape, tsc_khz: Option<u32>) -> String {
+    let clock = tsc_khz.map(|khz| clock(khz, shape.vcpus));
+    let words = PARAMETERS.iter().copied().chain(clock.as_deref());
+    words.chain(shape.cmdline.split_ascii_whitespace()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::shape_and_bindings;
+
+    const ALWAYS: &str = "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp";
+
+    #[test]
+    fn golden_command_lines() {
+        let (mut shape, _) = shape_and_bindings();
+        shape.cmdline = "  agent.log=debug   quiet ".into();
+        assert_eq!(build(&shape, None), format!("{ALWAYS} agent.log=debug quiet"));
+        shape.cmdline = String::new();
+        let clock = "tsc_early_khz=2299998 tsc=reliable";
+        shape.vcpus = 1;
+        assert_eq!(build(&shape, Some(2_299_998)), format!("{ALWAYS} {clock} nolapic_timer"));
+        shape.vcpus = 2;
+        assert_eq!(build(&shape, Some(2_299_998)), format!("{ALWAYS} {clock}"));
+    }
+
+    #[test]
+    fn the_room_reserved_is_enough() {
+        let (mut shape, _) = shape_and_bindings();
+        shape.cmdline = String::new();
+        shape.vcpus = 1;
+        let devices = 8 * " virtio_mmio.device=512@0xfeb00e00:12".len();
+        assert!(build(&shape, Some(u32::MAX)).len() + devices < RESERVED_LEN);
+    }
+}

@@ -1,0 +1,333 @@
+//! Machines in software emulation: QEMU's `microvm` with its TCG translator.
+//! Knows QEMU, virtiofsd and vhost-device-vsock; knows nothing of what the guest does.
+//!
+//! ```text
+//!  shim ─┬─ vhost-device-vsock   makes <run_dir>/vhost-vsock (for QEMU) and the host's vsock socket
+//!        ├─ virtiofsd            is given a listening socket
+//!        └─ qemu                 is given connections to both; the guest's memory is a memfd that
+//!                                QEMU shares with them
+//! ```
+//! * virtiofsd and QEMU wait for nobody: a connection to virtiofsd is made before it runs.
+//! * vhost-device-vsock makes its socket itself; that it appears is an event. Meanwhile QEMU tells its
+//!   version, by which the processor is chosen.
+//! * The guest's console is QEMU's standard output, QEMU's own complaints are on standard error.
+//! * Without QMP: the machine has nothing that changes while it runs. A guest that ends restarts by
+//!   triple fault, QEMU then exits (`-no-reboot`), and a panic is known by its line on the console.
+//! * When the VMM ends, virtiofsd follows by itself; vhost-device-vsock would wait for another.
+
+mod args;
+mod cmdline;
+mod machine;
+mod tsc;
+mod version;
+
+use std::{
+    fs::File,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::FileTypeExt,
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
+
+pub use self::version::Version;
+use self::{args::Wiring, machine::QemuMachine, tsc::Stopwatch};
+use crate::{
+    Hypervisor, Journal, LaunchError, Machine,
+    child::{Child, ChildSpec},
+    socket::{self, Names},
+};
+
+/// The VMM's name in journals, errors and [`crate::MachineEnd::part`].
+pub const QEMU: &str = "qemu";
+/// The name of the program behind the shared directory.
+pub const VIRTIOFSD: &str = "virtiofsd";
+/// The name of the program behind the vsock device.
+pub const VSOCK: &str = "vhost-device-vsock";
+
+/// The smallest memory with which a guest of ours boots.
+pub const MINIMUM_MEMORY: SizeMib = SizeMib(64);
+
+/// How long a helper may take until its sockets are there. It takes milliseconds; a host that swaps
+/// or starts a hundred machines at once takes longer.
+const HELPER_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Name of the vsock device's socket in the machine's directory.
+const VSOCK_DEVICE_SOCKET: &str = "vhost-vsock";
+/// Name that virtiofsd's socket has for a moment.
+const SHARE_SOCKET: &str = "virtiofs";
+
+/// Where the programs are, and how much they may use.
+#[derive(Clone, Debug)]
+pub struct QemuConfig {
+    /// `qemu-system-x86_64`.
+    pub qemu: PathBuf,
+    /// `virtiofsd`, 1.14 or later (the Rust program).
+    pub virtiofsd: PathBuf,
+    /// `vhost-device-vsock`.
+    pub vsock: PathBuf,
+    /// Most memory for translated code. QEMU's own default is far more than a pod needs.
+    pub translation_buffer: SizeMib,
+}
+
+impl Default for QemuConfig {
+    fn default() -> Self {
+        Self {
+            qemu: "qemu-system-x86_64".into(),
+            virtiofsd: "virtiofsd".into(),
+            vsock: "vhost-device-vsock".into(),
+            translation_buffer: SizeMib(128),
+        }
+    }
+}
+
+/// The backend for software emulation. Make it early: it measures the host's clock from then on.
+#[derive(Clone, Debug)]
+pub struct Qemu {
+    config: QemuConfig,
+    clock: Stopwatch,
+}
+
+impl Default for Qemu {
+    fn default() -> Self {
+        Self::new(QemuConfig::default())
+    }
+}
+
+impl Qemu {
+    /// A backend that uses these programs.
+    pub fn new(config: QemuConfig) -> Self {
+        Self { config, clock: Stopwatch::start() }
+    }
+
+    /// Asks the program for its version.
+    pub async fn version(&self) -> Result<Version, LaunchError> {
+        let mut asked = ChildSpec::new(QEMU, &self.config.qemu);
+        asked.args = vec!["--version".into()];
+        let mut child = spawn(asked)?;
+        match tokio::time::timeout(HELPER_DEADLINE, child.exited()).await {
+            Ok(_) => child.read_rest().await,
+            Err(_) => return Err(late(&child, "its version")),
+        }
+        let found = child.last_output().into_iter().next().unwrap_or_default();
+        Version::parse(&found).ok_or_else(|| match child.exit() {
+            Some(exit) if exit != crate::Exit::Code(0) => ended(&child, exit, "its version"),
+            _ => LaunchError::Version { name: QEMU.into(), path: self.config.qemu.clone(), found },
+        })
+    }
+
+    async fn start_vsock(
+        &self,
+        bindings: &Bindings,
+        journal: &dyn Journal,
+    ) -> Result<(Child, OwnedFd), LaunchError> {
+        let device = bindings.run_dir.join(VSOCK_DEVICE_SOCKET);
+        let failed = |error| LaunchError::system(format!("await a socket at {}", device.display()), error);
+        let awaited = socket::Awaited::new(&device).map_err(failed)?;
+        let mut spec = ChildSpec::new(VSOCK, &self.config.vsock);
+        spec.args = args::vsock(&device, &bindings.vsock);
+        spec.env = vec![("RUST_LOG".into(), "warn".into())];
+        let mut child = spawn(spec)?;
+        record(&child, journal)?;
+        let goal = format!("listening at {}", device.display());
+        let connection = tokio::select! {
+            connection = awaited.connected() => connection.map_err(failed)?,
+            exit = child.exited() => {
+                child.read_rest().await;
+                return Err(ended(&child, exit, &goal));
+            }
+            () = tokio::time::sleep(HELPER_DEADLINE) => return Err(late(&child, &goal)),
+        };
+        Ok((child, connection.into()))
+    }
+
+    fn start_share(
+        &self,
+        share: &Path,
+        bindings: &Bindings,
+        journal: &dyn Journal,
+    ) -> Result<(Child, OwnedFd), LaunchError> {
+        let path = bindings.run_dir.join(SHARE_SOCKET);
+        let (listener, connection) = socket::listener_and_client(&path)
+            .map_err(|e| LaunchError::system(format!("make a socket at {}", path.display()), e))?;
+        let mut spec = ChildSpec::new(VIRTIOFSD, &self.config.virtiofsd);
+        spec.args = args::virtiofsd(share, listener.as_raw_fd());
+        spec.fds = vec![listener];
+        let child = spawn(spec)?;
+        record(&child, journal)?;
+        Ok((child, connection))
+    }
+}
+
+#[async_trait]
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        "emulation"
+    }
+
+    async fn launch(
+        &self,
+        shape: &Shape,
+        bindings: &Bindings,
+        journal: &dyn Journal,
+    ) -> Result<Box<dyn Machine>, LaunchError> {
+        check(shape, bindings)?;
+        let block_drivers = open_all(bindings)?;
+        // An error below drops what was started, the last first: it is ended and reaped, then its
+        // sockets go. The vsock device makes its own again when QEMU has left.
+        let sockets = Names(vec![bindings.vsock.clone(), bindings.run_dir.join(VSOCK_DEVICE_SOCKET)]);
+        let share = match &bindings.share {
+            Some(share) => Some(self.start_share(share, bindings, journal)?),
+            None => None,
+        };
+        let (version, (vsock, vsock_connection)) =
+            tokio::try_join!(self.version(), self.start_vsock(bindings, journal))?;
+        let (virtiofsd, share_connection) = share.unzip();
+
+        let wiring = Wiring {
+            cpu: version.cpu(),
+            tsc_khz: self.clock.khz(),
+            translation_buffer: self.config.translation_buffer,
+            share: share_connection.as_ref().map(AsRawFd::as_raw_fd),
+            vsock: vsock_connection.as_raw_fd(),
+            block_drivers: &block_drivers,
+        };
+        let (console, stdout) = machine::Console::new();
+        let mut spec = ChildSpec::new(QEMU, &self.config.qemu);
+        spec.args = args::qemu(shape, bindings, &wiring);
+        spec.stdout = stdout;
+        spec.fds = share_connection.into_iter().chain([vsock_connection]).collect();
+        let qemu = spawn(spec)?;
+        record(&qemu, journal)?;
+        let helpers = virtiofsd.into_iter().chain([vsock]).collect();
+        Ok(Box::new(QemuMachine::new(qemu, helpers, console, sockets)))
+    }
+}
+
+fn spawn(spec: ChildSpec) -> Result<Child, LaunchError> {
+    let (name, path) = (spec.name.clone(), spec.program.clone());
+    Child::spawn(spec).map_err(|source| LaunchError::Program { name, path, source })
+}
+
+fn record(child: &Child, journal: &dyn Journal) -> Result<(), LaunchError> {
+    journal
+        .process(child.name(), child.pid(), child.start_time_ticks())
+        .map_err(|source| LaunchError::Journal { name: child.name().into(), pid: child.pid(), source })
+}
+
+fn ended(child: &Child, exit: crate::Exit, awaited: &str) -> LaunchError {
+    LaunchError::Ended {
+        name: child.name().into(),
+        path: child.program().into(),
+        exit,
+        awaited: awaited.into(),
+        messages: child.last_errors(),
+    }
+}
+
+fn late(child: &Child, awaited: &str) -> LaunchError {
+    LaunchError::Late {
+        name: child.name().into(),
+        path: child.program().into(),
+        awaited: awaited.into(),
+        waited: HELPER_DEADLINE,
+        messages: child.last_errors(),
+    }
+}
+
+/// Refuses what no machine of this backend can be.
+fn check(shape: &Shape, bindings: &Bindings) -> Result<(), LaunchError> {
+    let impossible = |what: String, reason: String| Err(LaunchError::Impossible { what, reason });
+    if shape.memory < MINIMUM_MEMORY {
+        return Err(LaunchError::MemoryTooSmall { asked: shape.memory, minimum: MINIMUM_MEMORY });
+    }
+    if shape.vcpus == 0 || shape.vcpus > MAX_VCPUS {
+        return impossible(
+            format!("a machine of {} processors", shape.vcpus),
+            format!("this backend makes 1 to {MAX_VCPUS}"),
+        );
+    }
+    let longest = cmdline::MAX_LEN - cmdline::RESERVED_LEN;
+    if shape.cmdline.len() > longest {
+        return impossible(
+            format!("{} bytes of kernel parameters", shape.cmdline.len()),
+            format!("there is room for {longest}"),
+        );
+    }
+    // virtio 1.2, 5.11.4 and 5.2.6.1.
+    match &shape.share_tag {
+        Some(tag) if tag.is_empty() || tag.len() > 36 => {
+            return impossible(format!("a share tagged {tag:?}"), "a tag has 1 to 36 bytes".into());
+        }
+        tag if tag.is_some() != bindings.share.is_some() => {
+            return impossible(
+                "a share without its other half".into(),
+                "it needs a tag and a directory".into(),
+            );
+        }
+        _ => {}
+    }
+    if let Some(block) = shape.blocks.iter().find(|b| b.serial.is_empty() || b.serial.len() > 20) {
+        return impossible(
+            format!("a block device with serial {:?}", block.serial),
+            "a serial has 1 to 20 bytes".into(),
+        );
+    }
+    if shape.blocks.len() != bindings.blocks.len() {
+        return impossible(
+            format!("{} block devices on {} files", shape.blocks.len(), bindings.blocks.len()),
+            "each needs one".into(),
+        );
+    }
+    // The machine has 24 slots (virtio-mmio on its second interrupt controller's lines is ACPI's).
+    let slots = 1 + usize::from(shape.share_tag.is_some()) + shape.blocks.len();
+    if slots > MAX_DEVICES {
+        return impossible(format!("a machine of {slots} devices"), format!("it has {MAX_DEVICES} slots"));
+    }
+    Ok(())
+}
+
+/// Processors of `microvm` at most.
+const MAX_VCPUS: u32 = 255;
+/// Devices of `microvm` at most.
+const MAX_DEVICES: usize = 8;
+
+/// Opens every file that QEMU will open, so that an error names its role, and answers QEMU's driver
+/// for each block device.
+fn open_all(bindings: &Bindings) -> Result<Vec<&'static str>, LaunchError> {
+    let open = |what, path: &Path| {
+        let file = File::open(path).and_then(|f| f.metadata());
+        file.map_err(|source| LaunchError::File { what, path: path.into(), source })
+    };
+    let regular = |what, path: &Path| {
+        if open(what, path)?.is_file() {
+            return Ok(());
+        }
+        let source = std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file");
+        Err(LaunchError::File { what, path: path.into(), source })
+    };
+    regular("kernel", &bindings.kernel)?;
+    regular("initrd", &bindings.initrd)?;
+    if let Some(share) = &bindings.share {
+        std::fs::read_dir(share).map_err(|source| LaunchError::File {
+            what: "share",
+            path: share.clone(),
+            source,
+        })?;
+    }
+    bindings
+        .blocks
+        .iter()
+        .map(|block| {
+            let metadata = open("block device", &block.path)?;
+            Ok(if metadata.file_type().is_block_device() { "host_device" } else { "file" })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+//! A machine of a test or a measurement, with its files and its guest (`examples/test_guest.rs`).
+//! Used by `tests/machine.rs` and `benches/launch.rs`; each uses a part of it.
+#![allow(dead_code, unreachable_pub, missing_docs)]
+
+use std::{
+    io,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use bulkhead_hypervisor::{
+    Hypervisor, Journal, Machine, MachineEnd,
+    qemu::{Qemu, QemuConfig},
+};
+use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
+use nix::unistd::Pid;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::{
+        UnixListener,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+};
+
+/// For every single wait; two loaded cores take a few seconds where two idle ones take one.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A machine of a test with its files.
+pub struct Rig {
+    pub dir: tempfile::TempDir,
+    pub shape: Shape,
+    pub bindings: Bindings,
+    pub journal: Recorded,
+    pub listener: UnixListener,
+}
+
+#[derive(Default)]
+pub struct Recorded(pub Mutex<Vec<(String, i32)>>);
+
+impl Journal for Recorded {
+    fn process(&self, name: &str, pid: i32, _: u64) -> io::Result<()> {
+        self.0.lock().unwrap().push((name.into(), pid));
+        Ok(())
+    }
+}
+
+/// A machine whose guest has said hello.
+pub struct Running {
+    pub machine: Box<dyn Machine>,
+    to_guest: OwnedWriteHalf,
+    from_guest: tokio::io::Lines<BufReader<OwnedReadHalf>>,
+    /// How long the launch took to answer.
+    pub launched_after: Duration,
+    /// From the launch to the hello.
+    pub hello_after: Duration,
+    /// What the guest's clock said then.
+    pub guest_uptime: Duration,
+}
+
+pub fn part(variable: &str) -> PathBuf {
+    std::env::var_os(variable)
+        .unwrap_or_else(|| panic!("{variable} must name a part, see tests/machine.rs"))
+        .into()
+}
+
+pub fn config() -> QemuConfig {
+    QemuConfig {
+        virtiofsd: part("BULKHEAD_TEST_VIRTIOFSD"),
+        vsock: part("BULKHEAD_TEST_VSOCK"),
+        ..QemuConfig::default()
+    }
+}
+
+pub fn backend() -> Qemu {
+    Qemu::new(config())
+}
+
+impl Rig {
+    pub fn new() -> Self {
+        // Socket paths are short, and so is this one.
+        let dir = tempfile::Builder::new().prefix("bh").tempdir_in("/tmp").unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir(path("share")).unwrap();
+        let guest = std::env::current_exe().unwrap();
+        let guest = guest.ancestors().nth(2).unwrap().join("examples/test_guest");
+        std::fs::write(path("initrd"), initrd(&std::fs::read(&guest).expect("cargo builds the example")))
+            .unwrap();
+        let listener = UnixListener::bind(path("vsock_1024")).unwrap();
+        let shape = Shape {
+            vcpus: 1,
+            memory: SizeMib(256),
+            cmdline: String::new(),
+            share_tag: Some("share".into()),
+            blocks: Vec::new(),
+        };
+        let bindings = Bindings {
+            kernel: part("BULKHEAD_TEST_KERNEL"),
+            initrd: path("initrd"),
+            share: Some(path("share")),
+            vsock: path("vsock"),
+            blocks: Vec::new(),
+            run_dir: dir.path().into(),
+        };
+        Self { dir, shape, bindings, journal: Recorded::default(), listener }
+    }
+
+    pub fn share(&self) -> PathBuf {
+        self.dir.path().join("share")
+    }
+
+    pub async fn boot(&self) -> Running {
+        self.boot_by(&backend()).await
+    }
+
+    pub async fn boot_by(&self, backend: &Qemu) -> Running {
+        let started = Instant::now();
+        let mut machine = backend.launch(&self.shape, &self.bindings, &self.journal).await.unwrap();
+        let launched_after = started.elapsed();
+        let socket = tokio::select! {
+            dialled = self.listener.accept() => dialled.unwrap().0,
+            end = machine.ended() => panic!("no hello: {end}"),
+            () = tokio::time::sleep(DEADLINE) => panic!("no hello within {DEADLINE:?}"),
+        };
+        let (from_guest, to_guest) = socket.into_split();
+        let mut from_guest = BufReader::new(from_guest).lines();
+        let hello = within(from_guest.next_line()).await.unwrap().unwrap();
+        let uptime = hello.strip_prefix("hello ").unwrap().parse().unwrap();
+        Running {
+            machine,
+            to_guest,
+            from_guest,
+            launched_after,
+            hello_after: started.elapsed(),
+            guest_uptime: Duration::from_micros(uptime),
+        }
+    }
+
+    /// Nothing of the machine may be left: no process, and in its directory only our own files.
+    pub fn assert_nothing_left(&self) {
+        for (name, pid) in self.journal.0.lock().unwrap().iter() {
+            assert!(!Path::new(&format!("/proc/{pid}")).exists(), "{name} {pid} is left");
+        }
+        for entry in std::fs::read_dir(self.dir.path()).unwrap().flatten() {
+            let is_socket = entry.file_type().unwrap().is_socket();
+            assert!(!is_socket || entry.file_name() == "vsock_1024", "{:?} is left", entry.path());
+        }
+    }
+}
+
+impl Running {
+    pub async fn command(&mut self, command: &str) -> String {
+        self.send(command).await;
+        let answer = within(self.from_guest.next_line()).await.unwrap().expect("the guest answers");
+        match answer.strip_prefix("ok") {
+            Some(text) => text.trim_start().replace("\\n", "\n"),
+            None => panic!("{command}: {answer}"),
+        }
+    }
+
+    pub async fn send(&mut self, command: &str) {
+        self.to_guest.write_all(format!("{command}\n").as_bytes()).await.unwrap();
+    }
+
+    pub async fn end(&mut self) -> MachineEnd {
+        within(self.machine.ended()).await
+    }
+
+    pub fn pid_of(&self, part: &str) -> Pid {
+        let parts = self.machine.processes();
+        Pid::from_raw(parts.iter().find(|(name, _)| name == part).unwrap().1)
+    }
+}
+
+pub async fn within<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(DEADLINE, future).await.expect("in time")
+}
+
+/// A root file system with nothing but an init and a console (newc, as in the kernel's
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
+fn initrd(init: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut entry = |name: &str, mode: u32, (major, minor): (u32, u32), data: &[u8]| {
+        out.extend_from_slice(b"070701");
+        let fields = [0, mode, 0, 0, 1, 0, data.len() as u32, 0, 0, major, minor, name.len() as u32 + 1, 0];
+        for field in fields {
+            out.extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        for part in [name.as_bytes(), &[0]] {
+            out.extend_from_slice(part);
+        }
+        out.resize(out.len().next_multiple_of(4), 0);
+        out.extend_from_slice(data);
+        out.resize(out.len().next_multiple_of(4), 0);
+    };
+    entry("dev", 0o040755, (0, 0), &[]);
+    entry("dev/console", 0o020600, (5, 1), &[]);
+    entry("init", 0o100755, (0, 0), init);
+    entry("TRAILER!!!", 0, (0, 0), &[]);
+    out
+}

@@ -1,0 +1,172 @@
+//! The process that serves one sandbox: from the socket that `start` made until Shutdown.
+//! Puts the rooms together; decides nothing.
+
+use std::{
+    os::{
+        fd::OwnedFd,
+        unix::net::UnixListener as StdListener,
+    },
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim::Flags;
+use containerd_shim_protos::{
+    shim_async::create_task,
+    ttrpc::r#async::{Server, transport::Listener},
+};
+use futures::StreamExt;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+use tracing::{error, info, warn};
+
+use crate::{
+    config::Config,
+    error::{Fault, chain},
+    events::Publisher,
+    sandbox::{
+        driver::{Driver, Handle},
+        host::{Host, Identity},
+        model::Request,
+    },
+    task::TaskService,
+    trace,
+};
+
+/// Where `start` puts the listening socket.
+pub(super) const LISTENER_FD: i32 = 3;
+/// When `start` began, in nanoseconds since the epoch: for timelines.
+pub(super) const STARTED_ENV: &str = "BULKHEAD_STARTED_UNIX_NANOS";
+
+/// Task service names; their messages are the same (contract, T1).
+const SERVICE_V3: &str = "containerd.task.v3.Task";
+const SERVICE_V2: &str = "containerd.task.v2.Task";
+/// How long the last events may take to reach containerd.
+const LAST_EVENTS: Duration = Duration::from_secs(5);
+/// How long open calls may take to be answered at the end.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+pub(super) fn serve(flags: &Flags) -> Result<(), String> {
+    // Bad configuration is told by Create, where somebody reads it; until then the defaults must do.
+    let loaded = Config::load(None);
+    let config = loaded.as_ref().map_or_else(|_| Config::default(), Clone::clone);
+    let level = if flags.debug { "debug" } else { config.log_level.as_str() };
+    crate::log::init(Path::new("log"), level, config.trace_file.as_deref());
+    become_subreaper();
+    // One thread: children die with the thread that made them (PR_SET_PDEATHSIG), and this is the one that
+    // lives as long as the process.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| format!("start the runtime: {e}"))?;
+    let result = runtime.block_on(run(flags, loaded.map_err(|e| chain(&e)), config));
+    if let Err(reason) = &result {
+        error!("{reason}");
+    }
+    let _ = std::fs::remove_file(&flags.socket);
+    // Blocking jobs that hang must not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> Result<(), String> {
+    let listener = take_listener().map_err(|e| format!("take over the socket: {e}"))?;
+    let address = std::env::var("TTRPC_ADDRESS").map_err(|_| "TTRPC_ADDRESS is not set".to_owned())?;
+    let (publisher, drained) = Publisher::new(&address, &flags.namespace);
+    let bundle = std::env::current_dir().map_err(|e| format!("find the bundle: {e}"))?;
+    let identity = Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle };
+    let (own, inputs) = mpsc::unbounded_channel();
+    if let Some(path) = &config.trace_file
+        && let Some(began) = std::env::var(STARTED_ENV).ok().and_then(|t| t.parse().ok())
+    {
+        trace::append(path, "start", SystemTime::UNIX_EPOCH + Duration::from_nanos(began), SystemTime::now());
+    }
+    let host = Host::new(identity, config, loaded.err(), own.clone()).map_err(|e: Fault| e.to_string())?;
+    let (driver, handle) = Driver::new(Arc::new(host), publisher, inputs, own);
+
+    let mut services = create_task(Arc::new(TaskService::new(handle.clone())));
+    let v2 = create_task(Arc::new(TaskService::new(handle.clone()))).remove(SERVICE_V3);
+    services.extend(v2.map(|service| (SERVICE_V2.to_owned(), service)));
+    let mut server = Server::new().register_service(services).add_listener(same_user_only(listener));
+    server.start().await.map_err(|e| format!("serve: {e}"))?;
+    info!(id = flags.id, namespace = flags.namespace, "serving");
+
+    tokio::spawn(end_on_signal(handle));
+    driver.run().await;
+
+    let _ = tokio::time::timeout(LAST_EVENTS, drained).await;
+    let _ = tokio::time::timeout(LAST_ANSWERS, server.shutdown()).await;
+    info!("sandbox ended");
+    Ok(())
+}
+
+/// Descriptor 3 is ours by agreement with `start`.
+#[allow(unsafe_code)]
+fn take_listener() -> std::io::Result<UnixListener> {
+    use std::os::fd::FromRawFd;
+    // SAFETY: `start` mapped the socket to this number and this process has opened nothing under it: it is
+    // taken once, before anything else could close it.
+    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
+    // Children must not inherit what serves containerd.
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    let listener = StdListener::from(fd);
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+/// Connections from other users are closed at once (contract, S8).
+fn same_user_only(listener: UnixListener) -> Listener {
+    let ours = nix::unistd::geteuid().as_raw();
+    let accepted = futures::stream::unfold(listener, |listener| async {
+        let stream = listener.accept().await.map(|(stream, _)| stream);
+        Some((stream, listener))
+    });
+    Listener::new(accepted.filter(move |stream| {
+        let allowed = match stream {
+            Ok(stream) => allowed(stream, ours),
+            Err(_) => true,
+        };
+        futures::future::ready(allowed)
+    }))
+}
+
+fn allowed(stream: &UnixStream, ours: u32) -> bool {
+    match stream.peer_cred() {
+        Ok(peer) if peer.uid() == ours => true,
+        Ok(peer) => {
+            warn!(uid = peer.uid(), "connection of another user refused");
+            false
+        }
+        Err(error) => {
+            warn!(%error, "connection of an unknown user refused");
+            false
+        }
+    }
+}
+
+/// Children of children that are left behind come to us, not to init (contract, S9).
+fn become_subreaper() {
+    if let Err(error) = nix::sys::prctl::set_child_subreaper(true) {
+        warn!(%error, "subreaper");
+    }
+}
+
+/// SIGTERM asks politely: the sandbox ends if no container is left, as with Shutdown.
+async fn end_on_signal(handle: Handle) {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        if let Err(fault) = handle.ask(Request::Shutdown).await {
+            warn!("shut down on a signal: {fault}");
+        }
+    }
+}

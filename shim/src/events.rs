@@ -1,0 +1,110 @@
+//! Tells containerd what happens, in the order in which it happened, whatever the connection does.
+//! Knows containerd's event service; does not know why an event is sent.
+//!
+//! One queue and one sender: an event that has to be sent again holds back all that follow it, so a
+//! TaskExit can never overtake its TaskStart (contract, E2 and E6).
+
+use std::{path::PathBuf, time::Duration};
+
+use containerd_shim_protos::{
+    protobuf::{MessageDyn, MessageField, well_known_types::any::Any, well_known_types::timestamp::Timestamp},
+    shim::{event::Envelope, events::ForwardRequest},
+    shim_async::{Client, EventsClient},
+    ttrpc::{self, asynchronous::transport::Socket},
+};
+use tokio::{net::UnixStream, sync::mpsc};
+use tracing::{debug, warn};
+
+/// How long one attempt may take (contract, E5).
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// Attempts for one event before it is given up (contract, E5).
+const ATTEMPTS: u32 = 6;
+/// Grows by itself with each attempt.
+const BACK_OFF: Duration = Duration::from_secs(1);
+
+/// Takes events for containerd.
+#[derive(Clone, Debug)]
+pub struct Publisher {
+    queue: mpsc::UnboundedSender<Envelope>,
+    namespace: String,
+}
+
+/// Resolves when every event has been sent or given up, after the last [`Publisher`] was dropped.
+pub type Drained = tokio::task::JoinHandle<()>;
+
+impl Publisher {
+    /// Begins to send to the ttrpc socket at `address`.
+    pub fn new(address: &str, namespace: &str) -> (Self, Drained) {
+        let (queue, events) = mpsc::unbounded_channel();
+        let path = PathBuf::from(address.strip_prefix("unix://").unwrap_or(address));
+        let drained = tokio::spawn(Sender { path, client: None }.run(events));
+        (Self { queue, namespace: namespace.to_owned() }, drained)
+    }
+
+    /// Queues an event that happened now.
+    pub fn publish(&self, topic: &str, event: &dyn MessageDyn) {
+        let envelope = Envelope {
+            timestamp: MessageField::some(Timestamp::now()),
+            namespace: self.namespace.clone(),
+            topic: topic.to_owned(),
+            event: MessageField::some(Any {
+                // containerd looks its types up by the bare name.
+                type_url: event.descriptor_dyn().full_name().to_owned(),
+                value: event.write_to_bytes_dyn().unwrap_or_default(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        // The receiver outlives every publisher.
+        let _ = self.queue.send(envelope);
+    }
+}
+
+struct Sender {
+    path: PathBuf,
+    client: Option<EventsClient>,
+}
+
+impl Sender {
+    async fn run(mut self, mut events: mpsc::UnboundedReceiver<Envelope>) {
+        while let Some(envelope) = events.recv().await {
+            self.deliver(envelope).await;
+        }
+    }
+
+    async fn deliver(&mut self, envelope: Envelope) {
+        let topic = envelope.topic.clone();
+        let request = ForwardRequest { envelope: MessageField::some(envelope), ..Default::default() };
+        for attempt in 1..=ATTEMPTS {
+            match self.forward(&request).await {
+                Ok(()) => return,
+                Err(error) => debug!(topic, attempt, %error, "event was not taken"),
+            }
+            if attempt < ATTEMPTS {
+                // containerd gives no sign of its return that could be waited for: a back-off is its protocol.
+                tokio::time::sleep(BACK_OFF * attempt).await;
+            }
+        }
+        warn!(topic, "event given up: containerd did not take it in {ATTEMPTS} attempts");
+    }
+
+    async fn forward(&mut self, request: &ForwardRequest) -> Result<(), String> {
+        let client = match self.client.take() {
+            Some(client) => client,
+            None => {
+                let stream = UnixStream::connect(&self.path).await.map_err(|e| e.to_string())?;
+                EventsClient::new(Client::new(Socket::new(stream)))
+            }
+        };
+        let context = ttrpc::context::with_duration(ATTEMPT);
+        match tokio::time::timeout(ATTEMPT, client.forward(context, request)).await {
+            Ok(Ok(_)) => {
+                self.client = Some(client);
+                Ok(())
+            }
+            // A connection that failed once is not trusted with the next attempt.
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("no answer".into()),
+        }
+    }
+}

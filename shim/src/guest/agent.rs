@@ -1,0 +1,258 @@
+//! The connection to the agent of one guest.
+//! Knows the agent's protocol; what a container is for is the callers' business.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use bulkhead_proto::{
+    PROTOCOL_VERSION, SHARE_TAG,
+    agent::{self, AgentClient},
+    stream::{HELLO_HEADER_LEN, Hello, PrefaceError, Token, decode_hello, decode_hello_header},
+};
+use containerd_shim_protos::ttrpc::{self, asynchronous::transport::Socket, context::Context};
+use tokio::{
+    io::AsyncReadExt,
+    net::{UnixListener, UnixStream},
+};
+
+use crate::{
+    error::{Fault, from_guest},
+    ids::{ContainerId, ProcessKey},
+    sandbox::model::Io,
+    stdio::Tokens,
+};
+
+/// Why a guest could not be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// A socket of the machine could not be made.
+    #[error("cannot listen at {}", path.display())]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest did not dial, or hung up.
+    #[error("the guest's agent did not report")]
+    Dial(#[source] io::Error),
+    /// What it said is no hello.
+    #[error("the guest's agent said something else than hello")]
+    Hello(#[from] PrefaceError),
+    /// Agent and shim are of different builds.
+    #[error(
+        "the guest image carries agent {agent} with protocol {found}, this shim speaks {PROTOCOL_VERSION}: rebuild the image named by hypervisor.image"
+    )]
+    Protocol {
+        /// Its version.
+        agent: String,
+        /// The protocol it speaks.
+        found: u32,
+    },
+}
+
+/// Waits for the guest at port `port` of the vsock device at `vsock`.
+pub fn listen(vsock: &Path, port: u32) -> Result<UnixListener, GuestError> {
+    let path = PathBuf::from(format!("{}_{port}", vsock.display()));
+    UnixListener::bind(&path).map_err(|source| GuestError::Listen { path, source })
+}
+
+/// The agent of one guest.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    timeout: Duration,
+}
+
+/// What happens in the guest.
+pub struct GuestEvents(ttrpc::asynchronous::ClientStreamReceiver<agent::Event>);
+
+impl GuestEvents {
+    /// The next event; None when the guest is gone.
+    pub async fn next(&mut self) -> Option<agent::Event> {
+        self.0.recv().await.ok().flatten()
+    }
+}
+
+impl Agent {
+    /// Takes the first connection and its hello.
+    pub async fn accept(listener: &UnixListener, timeout: Duration) -> Result<(Self, Hello), GuestError> {
+        let (mut stream, _) = listener.accept().await.map_err(GuestError::Dial)?;
+        let hello = read_hello(&mut stream).await?;
+        if hello.protocol != PROTOCOL_VERSION {
+            return Err(GuestError::Protocol { agent: hello.agent, found: hello.protocol });
+        }
+        let client = AgentClient::new(ttrpc::asynchronous::Client::new(Socket::new(stream)));
+        Ok((Self { client, timeout }, hello))
+    }
+
+    fn context(&self) -> Context {
+        ttrpc::context::with_duration(self.timeout)
+    }
+
+    /// Bounds a call by our own clock too: the guest's side of a deadline is the guest's.
+    async fn call<T>(&self, call: impl Future<Output = ttrpc::Result<T>>) -> Result<T, Fault> {
+        match tokio::time::timeout(self.timeout, call).await {
+            Ok(result) => result.map_err(from_guest),
+            Err(_) => Err(Fault::new(
+                crate::error::Kind::DeadlineExceeded,
+                format!("the guest did not answer within {} s", self.timeout.as_secs()),
+            )),
+        }
+    }
+
+    /// Subscribes to the guest's events.
+    pub async fn events(&self) -> Result<GuestEvents, Fault> {
+        // Without a deadline: the stream lives as long as the guest.
+        let stream = self.client.events(Context::default(), &agent::EventsRequest::new()).await;
+        stream.map(GuestEvents).map_err(from_guest)
+    }
+
+    /// Makes the guest a sandbox.
+    pub async fn configure(&self, hostname: &str) -> Result<agent::ConfigureResponse, Fault> {
+        let mut seed = vec![0; 64];
+        getrandom::fill(&mut seed).map_err(|e| Fault::internal("draw a seed for the guest", &io::Error::other(e)))?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let request = agent::ConfigureRequest {
+            hostname: hostname.to_owned(),
+            time_unix_nanos: now.as_nanos() as u64,
+            seed,
+            share_tag: SHARE_TAG.to_owned(),
+            ..Default::default()
+        };
+        self.call(self.client.configure(self.context(), &request)).await
+    }
+
+    /// Creates a container up to its command.
+    pub async fn create(
+        &self,
+        id: &ContainerId,
+        spec: Vec<u8>,
+        io: &Io,
+        tokens: Tokens,
+        size: Option<(u32, u32)>,
+    ) -> Result<(), Fault> {
+        let request = agent::CreateContainerRequest {
+            container_id: id.to_string(),
+            spec,
+            stdio: Some(stdio(io, tokens, size)).into(),
+            ..Default::default()
+        };
+        self.call(self.client.create_container(self.context(), &request)).await.map(drop)
+    }
+
+    /// Lets a container's command run.
+    pub async fn start(&self, id: &ContainerId) -> Result<(), Fault> {
+        self.call(self.client.start_container(self.context(), &container(id))).await.map(drop)
+    }
+
+    /// Starts a further process.
+    pub async fn exec(
+        &self,
+        key: &ProcessKey,
+        process: Vec<u8>,
+        io: &Io,
+        tokens: Tokens,
+        size: Option<(u32, u32)>,
+    ) -> Result<(), Fault> {
+        let request = agent::ExecRequest {
+            container_id: key.container.to_string(),
+            exec_id: key.exec_str().to_owned(),
+            process,
+            stdio: Some(stdio(io, tokens, size)).into(),
+            ..Default::default()
+        };
+        self.call(self.client.exec(self.context(), &request)).await.map(drop)
+    }
+
+    /// Signals a process, or all of its container.
+    pub async fn signal(&self, key: &ProcessKey, signal: u32, all: bool) -> Result<(), Fault> {
+        let request = agent::SignalRequest {
+            container_id: key.container.to_string(),
+            exec_id: key.exec_str().to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.call(self.client.signal(self.context(), &request)).await.map(drop)
+    }
+
+    /// Sets the size of a terminal, in characters.
+    pub async fn resize(&self, key: &ProcessKey, width: u32, height: u32) -> Result<(), Fault> {
+        let request = agent::ResizePtyRequest {
+            container_id: key.container.to_string(),
+            exec_id: key.exec_str().to_owned(),
+            width,
+            height,
+            ..Default::default()
+        };
+        self.call(self.client.resize_pty(self.context(), &request)).await.map(drop)
+    }
+
+    /// Freezes a container.
+    pub async fn pause(&self, id: &ContainerId) -> Result<(), Fault> {
+        self.call(self.client.pause(self.context(), &container(id))).await.map(drop)
+    }
+
+    /// Thaws a container.
+    pub async fn resume(&self, id: &ContainerId) -> Result<(), Fault> {
+        self.call(self.client.resume(self.context(), &container(id))).await.map(drop)
+    }
+
+    /// Sets limits: OCI `LinuxResources`, JSON.
+    pub async fn update(&self, id: &ContainerId, resources: Vec<u8>) -> Result<(), Fault> {
+        let request =
+            agent::UpdateRequest { container_id: id.to_string(), resources, ..Default::default() };
+        self.call(self.client.update(self.context(), &request)).await.map(drop)
+    }
+
+    /// The container's cgroup files.
+    pub async fn stats(&self, id: &ContainerId) -> Result<agent::StatsResponse, Fault> {
+        self.call(self.client.stats(self.context(), &container(id))).await
+    }
+
+    /// The container's processes.
+    pub async fn pids(&self, id: &ContainerId) -> Result<agent::PidsResponse, Fault> {
+        self.call(self.client.pids(self.context(), &container(id))).await
+    }
+
+    /// Removes a stopped container.
+    pub async fn delete(&self, id: &ContainerId) -> Result<(), Fault> {
+        self.call(self.client.delete_container(self.context(), &container(id))).await.map(drop)
+    }
+
+    /// Writes everything out before the machine ends.
+    pub async fn shutdown(&self) -> Result<(), Fault> {
+        self.call(self.client.shutdown(self.context(), &agent::ShutdownRequest::new())).await.map(drop)
+    }
+}
+
+async fn read_hello(stream: &mut UnixStream) -> Result<Hello, GuestError> {
+    let mut header = [0; HELLO_HEADER_LEN];
+    stream.read_exact(&mut header).await.map_err(GuestError::Dial)?;
+    let mut body = vec![0; decode_hello_header(&header)?];
+    stream.read_exact(&mut body).await.map_err(GuestError::Dial)?;
+    Ok(decode_hello(&body)?)
+}
+
+fn container(id: &ContainerId) -> agent::ContainerRequest {
+    agent::ContainerRequest { container_id: id.to_string(), ..Default::default() }
+}
+
+fn stdio(io: &Io, tokens: Tokens, size: Option<(u32, u32)>) -> agent::Stdio {
+    let bytes = |token: Option<Token>| token.map(|t| t.0.to_vec()).unwrap_or_default();
+    let (width, height) = size.unwrap_or((0, 0));
+    agent::Stdio {
+        terminal: io.terminal,
+        stdin_token: bytes(tokens.stdin),
+        stdout_token: bytes(tokens.stdout),
+        stderr_token: bytes(tokens.stderr),
+        width,
+        height,
+        ..Default::default()
+    }
+}

@@ -1,0 +1,316 @@
+//! Every resource of the host that a sandbox holds, written down before it is made.
+//! Knows how to take each back; does not know why it was made.
+//!
+//! The ledger is a file of JSON lines. The shim appends an entry, then makes the thing. Whoever unwinds
+//! (the shim itself, or `delete` after the shim was killed) takes the entries back in reverse order, each
+//! of them whether the thing was made or not: taking back what is not there is no error.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+};
+
+use nix::mount::{MntFlags, umount2};
+use serde::{Deserialize, Serialize};
+
+use crate::process;
+
+/// Name of the ledger in a sandbox's directory.
+pub const FILE_NAME: &str = "ledger";
+
+/// One thing on the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Entry {
+    /// A process of ours. The start time tells it from a later one that got the same pid.
+    Process {
+        /// What it is, for the log.
+        name: String,
+        /// Its pid on the host.
+        pid: i32,
+        /// Field 22 of /proc/<pid>/stat, in clock ticks since boot.
+        start_time: u64,
+    },
+    /// A mount point. What is mounted over it later is taken away with it.
+    Mount {
+        /// Where.
+        target: PathBuf,
+        /// The container it was made for; None for the sandbox itself.
+        container: Option<String>,
+    },
+    /// A directory with all that we put into it.
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// The container it was made for; None for the sandbox itself.
+        container: Option<String>,
+    },
+    /// A file or socket.
+    File {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A control group of the host, in every hierarchy that has it.
+    Cgroup {
+        /// Relative to the root of the hierarchy.
+        path: String,
+    },
+}
+
+impl Entry {
+    fn container(&self) -> Option<&str> {
+        match self {
+            Entry::Mount { container, .. } | Entry::Directory { container, .. } => container.as_deref(),
+            _ => None,
+        }
+    }
+}
+
+/// Why the ledger could not be kept or unwound.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The file cannot be written: nothing may be made then.
+    #[error("ledger {path} cannot be written")]
+    Record {
+        /// The ledger.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file cannot be read.
+    #[error("ledger {path} cannot be read")]
+    Read {
+        /// The ledger.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Some things could not be taken back; all others were.
+    #[error("left on the host: {}", .0.join("; "))]
+    Left(Vec<String>),
+}
+
+/// The ledger of one sandbox.
+#[derive(Debug)]
+pub struct Ledger {
+    path: PathBuf,
+    file: File,
+    entries: Vec<Entry>,
+}
+
+impl Ledger {
+    /// Opens the ledger in `dir`, which exists; a new one is empty.
+    pub fn open(dir: &Path) -> Result<Self, LedgerError> {
+        let path = dir.join(FILE_NAME);
+        let record = |source| LedgerError::Record { path: path.clone(), source };
+        let file = OpenOptions::new().append(true).create(true).open(&path).map_err(record)?;
+        let entries = read(&path)?;
+        Ok(Self { path, file, entries })
+    }
+
+    /// Writes `entry` down. Only when this has succeeded may the thing be made.
+    pub fn record(&mut self, entry: Entry) -> Result<(), LedgerError> {
+        let mut line = serde_json::to_vec(&entry).expect("an entry is plain data");
+        line.push(b'\n');
+        self.file
+            .write_all(&line)
+            .map_err(|source| LedgerError::Record { path: self.path.clone(), source })?;
+        self.entries.push(entry);
+        Ok(())
+    }
+
+    /// Takes back what was made for `container`, newest first, and forgets it.
+    pub fn release_container(&mut self, container: &str) -> Result<(), LedgerError> {
+        let (ours, kept) =
+            std::mem::take(&mut self.entries).into_iter().partition(|e| e.container() == Some(container));
+        self.entries = kept;
+        self.rewrite()?;
+        release(ours)
+    }
+
+    /// Takes everything back, newest first.
+    pub fn release_all(mut self) -> Result<(), LedgerError> {
+        release(std::mem::take(&mut self.entries))
+    }
+
+    fn rewrite(&mut self) -> Result<(), LedgerError> {
+        let record = |source| LedgerError::Record { path: self.path.clone(), source };
+        let next = self.path.with_extension("next");
+        let mut text = Vec::new();
+        for entry in &self.entries {
+            serde_json::to_writer(&mut text, entry).expect("an entry is plain data");
+            text.push(b'\n');
+        }
+        std::fs::write(&next, text).map_err(record)?;
+        std::fs::rename(&next, &self.path).map_err(record)?;
+        self.file = OpenOptions::new().append(true).open(&self.path).map_err(record)?;
+        Ok(())
+    }
+}
+
+/// Takes back everything that the ledger in `dir` names. A missing ledger is an empty one.
+pub fn release_left_behind(dir: &Path) -> Result<(), LedgerError> {
+    release(read(&dir.join(FILE_NAME))?)
+}
+
+fn read(path: &Path) -> Result<Vec<Entry>, LedgerError> {
+    let fault = |source| LedgerError::Read { path: path.to_owned(), source };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(fault(e)),
+    };
+    let mut entries = Vec::new();
+    for line in BufReader::new(file).lines() {
+        // A line that a killed shim did not finish stands for a thing that was not made yet.
+        if let Ok(entry) = serde_json::from_str(&line.map_err(fault)?) {
+            entries.push(entry);
+        }
+    }
+    Ok(entries)
+}
+
+fn release(entries: Vec<Entry>) -> Result<(), LedgerError> {
+    let mut left = Vec::new();
+    // Processes first, whatever the order: nothing can be unmounted or removed under one that uses it.
+    let (processes, things): (Vec<_>, Vec<_>) =
+        entries.into_iter().partition(|e| matches!(e, Entry::Process { .. }));
+    // In the order of their making: the shim comes first, which would react to the deaths of the others.
+    for entry in processes.iter().chain(things.iter().rev()) {
+        if let Err(why) = take_back(entry) {
+            left.push(why);
+        }
+    }
+    if left.is_empty() { Ok(()) } else { Err(LedgerError::Left(left)) }
+}
+
+fn take_back(entry: &Entry) -> Result<(), String> {
+    match entry {
+        // A shim that unwinds its own ledger ends by itself.
+        Entry::Process { pid, .. } if *pid == std::process::id() as i32 => Ok(()),
+        Entry::Process { name, pid, start_time } => {
+            process::end(*pid, *start_time).map_err(|e| format!("process {name} ({pid}): {e}"))
+        }
+        Entry::Mount { target, .. } => unmount(target).map_err(|e| format!("mount {}: {e}", target.display())),
+        Entry::Directory { path, .. } => {
+            remove_tree(path).map_err(|e| format!("directory {}: {e}", path.display()))
+        }
+        Entry::File { path } => match std::fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(format!("file {}: {e}", path.display())),
+            _ => Ok(()),
+        },
+        Entry::Cgroup { path } => crate::cgroup::remove(path).map_err(|e| format!("cgroup {path}: {e}")),
+    }
+}
+
+/// Unmounts all that lies on `target`. Not there, or not a mount point: nothing to do.
+pub fn unmount(target: &Path) -> io::Result<()> {
+    loop {
+        match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => continue,
+            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Removes a directory of ours, but never reaches through a mount that is still there: what lies behind
+/// one belongs to somebody else.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    let real = match path.canonicalize() {
+        Ok(real) => real,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    let prefix = format!("{}/", real.display());
+    for point in process::mount_points()? {
+        if point.to_string_lossy().starts_with(&prefix) {
+            unmount(&point)?;
+        }
+    }
+    if let Some(left) =
+        process::mount_points()?.into_iter().find(|p| p.to_string_lossy().starts_with(&prefix))
+    {
+        return Err(io::Error::other(format!("{} is still mounted", left.display())));
+    }
+    match std::fs::remove_dir_all(&real) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dir_entry(path: &Path, container: Option<&str>) -> Entry {
+        Entry::Directory { path: path.to_owned(), container: container.map(str::to_owned) }
+    }
+
+    #[test]
+    fn what_is_recorded_is_taken_back_by_another_process() {
+        let tmp = tempfile::tempdir().unwrap();
+        let made = tmp.path().join("made");
+        let never = tmp.path().join("never");
+        let mut ledger = Ledger::open(tmp.path()).unwrap();
+        ledger.record(dir_entry(&made, None)).unwrap();
+        std::fs::create_dir_all(made.join("inner")).unwrap();
+        ledger.record(Entry::File { path: never }).unwrap();
+        drop(ledger);
+        release_left_behind(tmp.path()).unwrap();
+        assert!(!made.exists());
+        release_left_behind(tmp.path()).unwrap();
+    }
+
+    #[test]
+    fn a_container_takes_only_its_own_with_it() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (a, b) = (tmp.path().join("a"), tmp.path().join("b"));
+        let mut ledger = Ledger::open(tmp.path()).unwrap();
+        for (path, id) in [(&a, "a"), (&b, "b")] {
+            ledger.record(dir_entry(path, Some(id))).unwrap();
+            std::fs::create_dir(path).unwrap();
+        }
+        ledger.release_container("a").unwrap();
+        assert!(!a.exists() && b.exists());
+        drop(ledger);
+        assert_eq!(read(&tmp.path().join(FILE_NAME)).unwrap(), vec![dir_entry(&b, Some("b"))]);
+    }
+
+    #[test]
+    fn a_half_written_line_is_passed_over() {
+        let tmp = tempfile::tempdir().unwrap();
+        std::fs::write(tmp.path().join(FILE_NAME), "{\"kind\":\"file\",\"path\":\"/nope/x\"}\n{\"kind\":\"pro").unwrap();
+        assert_eq!(read(&tmp.path().join(FILE_NAME)).unwrap().len(), 1);
+        release_left_behind(tmp.path()).unwrap();
+    }
+
+    #[test]
+    fn a_process_is_ended_only_if_it_is_the_one_recorded() {
+        let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+        let pid = child.id() as i32;
+        let start_time = process::start_time(pid).unwrap().unwrap();
+        let other = Entry::Process { name: "other".into(), pid, start_time: start_time + 1 };
+        release(vec![other]).unwrap();
+        assert!(child.try_wait().unwrap().is_none(), "a process with another start time is not ours");
+        // A child of ours stays a zombie until it is waited for; ending it must not wait for that.
+        let reaper = std::thread::spawn(move || child.wait().unwrap());
+        release(vec![Entry::Process { name: "ours".into(), pid, start_time }]).unwrap();
+        assert!(!reaper.join().unwrap().success());
+    }
+
+    #[test]
+    fn what_cannot_be_taken_back_is_named_and_the_rest_goes() {
+        let tmp = tempfile::tempdir().unwrap();
+        let gone = tmp.path().join("gone");
+        std::fs::create_dir(&gone).unwrap();
+        let stuck = tmp.path().join("dir-not-file");
+        std::fs::create_dir(&stuck).unwrap();
+        let error = release(vec![dir_entry(&gone, None), Entry::File { path: stuck.clone() }]).unwrap_err();
+        assert!(error.to_string().contains("dir-not-file"), "{error}");
+        assert!(!gone.exists());
+    }
+}

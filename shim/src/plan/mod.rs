@@ -1,0 +1,77 @@
+//! From what is asked to what is to be made: (configuration, OCI spec, host facts) -> plan.
+//! Pure: reads no file and changes nothing, so every rule here has a test without a machine.
+
+mod devices;
+mod mounts;
+mod sizing;
+mod spec;
+
+pub use mounts::Bind;
+pub use sizing::Sizing;
+
+use oci_spec::runtime::{Hook, Spec};
+
+use crate::{
+    config::Config,
+    error::{Fault, Kind},
+    ids::ContainerId,
+};
+
+/// What a plan needs to know of the host.
+#[derive(Clone, Debug)]
+pub struct HostFacts {
+    /// Processors online.
+    pub cpus: u32,
+}
+
+/// Hooks that run on the host; those of the container's namespace stay in the guest's spec.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HostHooks {
+    /// Deprecated `prestart`, then `createRuntime`: before the container is created in the guest.
+    pub create: Vec<Hook>,
+    /// After its command was started.
+    pub poststart: Vec<Hook>,
+    /// After it was deleted.
+    pub poststop: Vec<Hook>,
+}
+
+/// All that is to be made for one container.
+#[derive(Clone, Debug)]
+pub struct ContainerPlan {
+    /// The spec for the guest, its paths those of the guest.
+    pub guest_spec: Spec,
+    /// The root is to be shared read-only.
+    pub root_read_only: bool,
+    /// What of the host is shared with the guest besides the root.
+    pub binds: Vec<Bind>,
+    /// Hooks for the host.
+    pub hooks: HostHooks,
+    /// First size of the terminal, in characters: width, height.
+    pub console: Option<(u32, u32)>,
+}
+
+/// Plans one container.
+pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Fault> {
+    spec::check(&spec)?;
+    let root_read_only = spec.root().as_ref().is_some_and(|r| r.readonly().unwrap_or(false));
+    let privileged = devices::is_privileged(&spec);
+    devices::translate(&mut spec, privileged)?;
+    let binds = mounts::translate(&mut spec, id)?;
+    let hooks = spec::take_host_hooks(&mut spec)?;
+    spec::move_into_guest(&mut spec, id);
+    let console = spec::console_size(&spec);
+    Ok(ContainerPlan { guest_spec: spec, root_read_only, binds, hooks, console })
+}
+
+/// The size of the machine for a sandbox whose first container has `spec`.
+pub fn machine(config: &Config, spec: &Spec, facts: &HostFacts) -> Result<Sizing, Fault> {
+    sizing::size(config, spec, facts)
+}
+
+/// A refusal of something that a machine of its own cannot give.
+fn refused(what: impl std::fmt::Display, why: &str) -> Fault {
+    Fault::new(Kind::InvalidArgument, format!("{what} is not supported: {why}"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,69 @@
+//! How large a machine is.
+//! Knows the spec's resources and the configuration, nothing of devices and mounts.
+
+use std::collections::HashMap;
+
+use bulkhead_vmm_spec::SizeMib;
+use oci_spec::runtime::Spec;
+
+use super::HostFacts;
+use crate::{
+    config::Config,
+    error::{Fault, Kind},
+};
+
+/// containerd's CRI puts the sums over a pod's containers here, on the sandbox (contract, C2).
+const POD_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+const POD_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const POD_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// The size of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizing {
+    /// Processors.
+    pub vcpus: u32,
+    /// The workload's memory and the guest's reserve together.
+    pub memory: SizeMib,
+}
+
+/// The guest's own reserve comes on top of the workload's limit, never out of it.
+pub(super) fn size(config: &Config, spec: &Spec, facts: &HostFacts) -> Result<Sizing, Fault> {
+    let none = HashMap::new();
+    let annotations = spec.annotations().as_ref().unwrap_or(&none);
+    let limit = number(annotations, POD_MEMORY)?.or_else(|| memory_limit(spec)).filter(|&bytes| bytes > 0);
+    let workload = limit.map_or(SizeMib(config.sandbox.memory_mib), |bytes| SizeMib::holding(bytes as u64));
+    // Whole 2 MiB pages, so that the host can back all of it with them.
+    let memory = SizeMib((workload.0 + config.sandbox.memory_reserve_mib).next_multiple_of(2));
+
+    let pod_cpus = match (number(annotations, POD_QUOTA)?, number(annotations, POD_PERIOD)?) {
+        (Some(quota), Some(period)) if quota > 0 && period > 0 => Some((quota, period)),
+        _ => None,
+    };
+    let wanted = match pod_cpus.or_else(|| cpu_limit(spec)) {
+        Some((quota, period)) => quota.unsigned_abs().div_ceil(period.unsigned_abs()) as u32,
+        None => config.sandbox.vcpus,
+    };
+    let most = match config.sandbox.max_vcpus {
+        0 => facts.cpus,
+        max => max.min(facts.cpus),
+    };
+    Ok(Sizing { vcpus: wanted.clamp(1, most.max(1)), memory })
+}
+
+fn memory_limit(spec: &Spec) -> Option<i64> {
+    spec.linux().as_ref()?.resources().as_ref()?.memory().as_ref()?.limit()
+}
+
+fn cpu_limit(spec: &Spec) -> Option<(i64, i64)> {
+    let cpu = spec.linux().as_ref()?.resources().as_ref()?.cpu().as_ref()?.clone();
+    let quota = cpu.quota().filter(|&q| q > 0)?;
+    // The kernel's default period (Documentation/scheduler/sched-bwc.rst).
+    Some((quota, cpu.period().filter(|&p| p > 0).unwrap_or(100_000) as i64))
+}
+
+fn number(annotations: &HashMap<String, String>, key: &str) -> Result<Option<i64>, Fault> {
+    let Some(text) = annotations.get(key) else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| {
+        Fault::new(Kind::InvalidArgument, format!("annotation {key} is {text:?}, which is not a number"))
+    })
+}

@@ -1,0 +1,100 @@
+//! Owns the running machine: watches for its end, ends it when told, and says how it was.
+//! Does not know what runs inside.
+
+use std::time::{Duration, SystemTime};
+
+use bulkhead_hypervisor::{Exit, Machine, MachineEnd as Ended};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+use tracing::{error, info};
+
+use super::model::{Input, MachineEnd};
+use crate::cgroup;
+
+/// Exit status of processes whose machine was killed: 128 + SIGKILL.
+const STATUS_KILLED: u32 = 137;
+/// Exit status of processes whose machine went away in any other way.
+const STATUS_LOST: u32 = 255;
+/// How long ending a machine may take; it is a SIGKILL to a handful of processes.
+const KILL: Duration = Duration::from_secs(5);
+
+/// The machine of a sandbox, while it lives and after.
+#[derive(Debug)]
+pub(super) struct Running {
+    pid: i32,
+    ended: watch::Receiver<Option<MachineEnd>>,
+    kill: mpsc::UnboundedSender<String>,
+    task: JoinHandle<()>,
+}
+
+impl Running {
+    /// Watches `machine`. Its end is told to `inputs`.
+    pub(super) fn watch(
+        machine: Box<dyn Machine>,
+        cgroup: Option<String>,
+        inputs: mpsc::UnboundedSender<Input>,
+    ) -> Self {
+        let pid = machine.pid();
+        let (tell, ended) = watch::channel(None);
+        let (kill, wishes) = mpsc::unbounded_channel();
+        let task = tokio::spawn(run(machine, cgroup, wishes, tell, inputs));
+        Self { pid, ended, kill, task }
+    }
+
+    /// The VMM's process on the host.
+    pub(super) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Tells how the machine ended, once it has.
+    pub(super) fn ended(&self) -> watch::Receiver<Option<MachineEnd>> {
+        self.ended.clone()
+    }
+
+    /// Ends the machine; `why` is for the log.
+    pub(super) fn kill(&self, why: &str) {
+        let _ = self.kill.send(why.to_owned());
+    }
+
+    /// Ends the machine and waits until nothing of it runs.
+    pub(super) async fn stop(self, why: &str) {
+        self.kill(why);
+        if tokio::time::timeout(KILL, self.task).await.is_err() {
+            error!("the machine did not end within {} s", KILL.as_secs());
+        }
+    }
+}
+
+async fn run(
+    mut machine: Box<dyn Machine>,
+    cgroup: Option<String>,
+    mut wishes: mpsc::UnboundedReceiver<String>,
+    tell: watch::Sender<Option<MachineEnd>>,
+    inputs: mpsc::UnboundedSender<Input>,
+) {
+    let end = tokio::select! {
+        ended = machine.ended() => {
+            let oom = cgroup.as_deref().is_some_and(|path| cgroup::oom_kills(path) > 0);
+            let end = describe(&ended, oom);
+            error!(oom, "the machine ended: {}", end.reason);
+            end
+        }
+        Some(why) = wishes.recv() => {
+            info!("ending the machine: {why}");
+            MachineEnd { reason: why, status: STATUS_KILLED, oom: false, at: SystemTime::now() }
+        }
+    };
+    // The first death of a part is the end of the machine: whatever is left goes with it.
+    machine.kill().await;
+    tell.send_replace(Some(end.clone()));
+    let _ = inputs.send(Input::MachineEnded(end));
+}
+
+/// An end that nobody asked for is never a success.
+fn describe(ended: &Ended, oom: bool) -> MachineEnd {
+    let killed = matches!(ended.exit, Exit::Signal(9));
+    let status = if killed { STATUS_KILLED } else { STATUS_LOST };
+    MachineEnd { reason: ended.to_string(), status, oom: oom && killed, at: SystemTime::now() }
+}

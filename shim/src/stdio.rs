@@ -1,0 +1,414 @@
+//! Copies a process's streams between containerd's fifos and the guest.
+//! Knows bytes, fifos and tokens; does not know what a process is doing.
+//!
+//! ```text
+//!  fifo ──stdin──▶ unix socket ⇢ vsock ⇢ guest        ends when the fifo has no writer left, or CloseIO
+//!  fifo ◀─stdout── unix socket ⇠ vsock ⇠ guest        ends when the guest's total has been read, or EOF
+//! ```
+//!
+//! The guest dials and proves which stream it brings by a token of the [`Hub`]. A process is told closed
+//! once all its output streams have been copied to their end.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::{Path, PathBuf},
+    process::Stdio as ChildStdio,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bulkhead_proto::stream::{STREAM_PREFACE_LEN, TOKEN_LEN, Token, decode_stream};
+use command_fds::{CommandFdExt, FdMapping};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{UnixListener, UnixStream, unix::pipe},
+    sync::{mpsc, watch},
+};
+use tracing::{debug, warn};
+
+use crate::{
+    ids::ProcessKey,
+    sandbox::model::{Input, Io},
+};
+
+/// One read or write at most, in bytes: what a pipe holds.
+const CHUNK: usize = 64 << 10;
+/// How long a connection may take to say which stream it is.
+const PREFACE: Duration = Duration::from_secs(10);
+
+/// Why a process's streams could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StdioError {
+    /// A fifo or file of the host.
+    #[error("open {what} {path}")]
+    Open {
+        /// Which stream.
+        what: &'static str,
+        /// As containerd names it.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A URI that nobody can serve.
+    #[error("{what} {uri}: the scheme {scheme:?} is not supported; use a path, file:// or binary://")]
+    Scheme {
+        /// Which stream.
+        what: &'static str,
+        /// As containerd names it.
+        uri: String,
+        /// What comes before "://".
+        scheme: String,
+    },
+    /// The logging program of a binary:// URI.
+    #[error("start logging program {}", program.display())]
+    Logger {
+        /// Which.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No random token could be drawn.
+    #[error("no random numbers: {0}")]
+    Random(String),
+}
+
+type Sink = Box<dyn AsyncWrite + Send + Unpin>;
+
+enum End {
+    /// From the fifo to the guest. The writer keeps the fifo open until CloseIO.
+    In(pipe::Receiver),
+    /// From the guest to the sink.
+    Out(Sink, watch::Receiver<Option<u64>>),
+}
+
+struct Expected {
+    key: ProcessKey,
+    end: End,
+    outputs: Arc<AtomicUsize>,
+}
+
+#[derive(Default)]
+struct Table {
+    expected: HashMap<Token, Expected>,
+    totals: HashMap<Token, watch::Sender<Option<u64>>>,
+    stdins: HashMap<ProcessKey, pipe::Sender>,
+}
+
+/// The streams that the guest may bring.
+#[derive(Clone)]
+pub struct Hub {
+    table: Arc<Mutex<Table>>,
+    inputs: mpsc::UnboundedSender<Input>,
+}
+
+/// The tokens of one process's streams; None where there is none.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Tokens {
+    /// Standard input.
+    pub stdin: Option<Token>,
+    /// Standard output, or the terminal's.
+    pub stdout: Option<Token>,
+    /// Standard error.
+    pub stderr: Option<Token>,
+}
+
+impl Hub {
+    /// A hub that tells `inputs` when a process's output has ended.
+    pub fn new(inputs: mpsc::UnboundedSender<Input>) -> Self {
+        Self { table: Arc::default(), inputs }
+    }
+
+    fn table(&self) -> std::sync::MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Opens the host's ends of a process's streams and expects the guest's.
+    pub fn open(&self, key: &ProcessKey, io: &Io, logger: &LoggerContext) -> Result<Tokens, StdioError> {
+        let mut tokens = Tokens::default();
+        let (stdout, stderr) = open_outputs(io, logger)?;
+        let stdin = if io.stdin.is_empty() { None } else { Some(open_stdin(&io.stdin)?) };
+        let outputs = Arc::new(AtomicUsize::new(usize::from(stdout.is_some()) + usize::from(stderr.is_some())));
+        let mut table = self.table();
+        if let Some((receiver, keeper)) = stdin {
+            let token = draw()?;
+            table.stdins.insert(key.clone(), keeper);
+            let expected = Expected { key: key.clone(), end: End::In(receiver), outputs: outputs.clone() };
+            table.expected.insert(token, expected);
+            tokens.stdin = Some(token);
+        }
+        for (sink, place) in [(stdout, &mut tokens.stdout), (stderr, &mut tokens.stderr)] {
+            let Some(sink) = sink else { continue };
+            let token = draw()?;
+            let (sender, receiver) = watch::channel(None);
+            table.totals.insert(token, sender);
+            let end = End::Out(sink, receiver);
+            table.expected.insert(token, Expected { key: key.clone(), end, outputs: outputs.clone() });
+            *place = Some(token);
+        }
+        Ok(tokens)
+    }
+
+    /// The guest says that an output stream has that many bytes in all.
+    pub fn ended(&self, token: &Token, total: u64) {
+        if let Some(sender) = self.table().totals.get(token) {
+            sender.send_replace(Some(total));
+        }
+    }
+
+    /// No more input will come for this process, once its fifo is empty.
+    pub fn close_stdin(&self, key: &ProcessKey) {
+        self.table().stdins.remove(key);
+    }
+
+    /// Forgets the streams of a process that the guest has not brought: it will not be created.
+    pub fn forget(&self, key: &ProcessKey) {
+        let mut table = self.table();
+        table.stdins.remove(key);
+        table.expected.retain(|_, expected| expected.key != *key);
+    }
+
+    /// Accepts streams until the task is dropped.
+    pub async fn serve(self, listener: UnixListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    tokio::spawn(self.clone().accept(stream));
+                }
+                Err(error) => {
+                    warn!(%error, "stream of the guest cannot be accepted");
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn accept(self, mut stream: UnixStream) {
+        let mut preface = [0; STREAM_PREFACE_LEN];
+        let read = tokio::time::timeout(PREFACE, stream.read_exact(&mut preface)).await;
+        if !matches!(read, Ok(Ok(_))) {
+            debug!("a connection of the guest said nothing");
+            return;
+        }
+        let token = match decode_stream(&preface) {
+            Ok(token) => token,
+            Err(error) => return warn!(%error, "a connection of the guest is no stream of ours"),
+        };
+        let Some(expected) = self.table().expected.remove(&token) else {
+            return warn!("a connection of the guest brought an unknown token");
+        };
+        match expected.end {
+            End::In(fifo) => copy_in(fifo, stream).await,
+            End::Out(sink, total) => {
+                copy_out(stream, sink, total).await;
+                self.table().totals.remove(&token);
+                if expected.outputs.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    let _ = self.inputs.send(Input::StreamsClosed(expected.key));
+                }
+            }
+        }
+    }
+}
+
+async fn copy_in(mut fifo: pipe::Receiver, mut stream: UnixStream) {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match fifo.read(&mut buffer).await {
+            Ok(0) | Err(_) => break,
+            Ok(n) => {
+                if stream.write_all(&buffer[..n]).await.is_err() {
+                    break;
+                }
+            }
+        }
+    }
+    let _ = stream.shutdown().await;
+}
+
+/// Copies until `total` bytes have been read, if the guest has told the total, or the stream ends. A sink
+/// that takes no more does not stop the reading: the container must not block on a lost reader.
+async fn copy_out<R: AsyncRead + Unpin>(mut stream: R, mut sink: Sink, mut total: watch::Receiver<Option<u64>>) {
+    let mut buffer = vec![0; CHUNK];
+    let mut copied = 0u64;
+    let mut sink_lives = true;
+    let mut may_change = true;
+    while total.borrow_and_update().is_none_or(|total| copied < total) {
+        tokio::select! {
+            read = stream.read(&mut buffer) => match read {
+                Ok(0) | Err(_) => break,
+                Ok(n) => {
+                    copied += n as u64;
+                    sink_lives = sink_lives && sink.write_all(&buffer[..n]).await.is_ok();
+                }
+            },
+            changed = total.changed(), if may_change => may_change = changed.is_ok(),
+        }
+    }
+    let _ = sink.shutdown().await;
+}
+
+fn draw() -> Result<Token, StdioError> {
+    let mut bytes = [0; TOKEN_LEN];
+    getrandom::fill(&mut bytes).map_err(|e| StdioError::Random(e.to_string()))?;
+    Ok(Token(bytes))
+}
+
+/// The reader of a stdin fifo, and a writer that keeps it from ending while containerd is away.
+fn open_stdin(path: &str) -> Result<(pipe::Receiver, pipe::Sender), StdioError> {
+    let fault = |source| StdioError::Open { what: "stdin", path: path.to_owned(), source };
+    let receiver = pipe::OpenOptions::new().open_receiver(path).map_err(fault)?;
+    let keeper = pipe::OpenOptions::new().open_sender(path).map_err(fault)?;
+    Ok((receiver, keeper))
+}
+
+/// What a logging program is told of its container.
+#[derive(Clone, Debug)]
+pub struct LoggerContext {
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The container.
+    pub container: String,
+}
+
+fn open_outputs(io: &Io, logger: &LoggerContext) -> Result<(Option<Sink>, Option<Sink>), StdioError> {
+    if io.stdout.starts_with("binary://") {
+        let (stdout, stderr) = start_logger(&io.stdout, logger)?;
+        return Ok((Some(stdout), (!io.terminal).then_some(stderr)));
+    }
+    let stdout = open_output("stdout", &io.stdout)?;
+    let stderr = if io.terminal { None } else { open_output("stderr", &io.stderr)? };
+    Ok((stdout, stderr))
+}
+
+fn open_output(what: &'static str, target: &str) -> Result<Option<Sink>, StdioError> {
+    if target.is_empty() {
+        return Ok(None);
+    }
+    let fault = |source| StdioError::Open { what, path: target.to_owned(), source };
+    let path = match target.split_once("://") {
+        None => {
+            // Opened for reading too, so that a reader that goes away for a while (containerd restarts) does
+            // not break the pipe.
+            let fifo = pipe::OpenOptions::new().read_write(true).open_sender(target).map_err(fault)?;
+            return Ok(Some(Box::new(fifo)));
+        }
+        Some(("file", rest)) => Path::new(rest.split('?').next().unwrap_or_default()),
+        Some((scheme, _)) => {
+            return Err(StdioError::Scheme { what, uri: target.to_owned(), scheme: scheme.to_owned() });
+        }
+    };
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(fault)?;
+    }
+    let file = File::options().append(true).create(true).mode(0o644).open(path).map_err(fault)?;
+    Ok(Some(Box::new(tokio::fs::File::from_std(file))))
+}
+
+/// Starts the program of a `binary://` URI as containerd's logging protocol wants it: stdout on descriptor
+/// 3, stderr on 4, and 5 to be closed by the program when it is ready (containerd `docs/logging.md`).
+fn start_logger(uri: &str, context: &LoggerContext) -> Result<(Sink, Sink), StdioError> {
+    let rest = uri.strip_prefix("binary://").unwrap_or(uri);
+    let (program, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let program = PathBuf::from(program);
+    let fault = |source| StdioError::Logger { program: program.clone(), source };
+    let (out_read, out_write) = std::io::pipe().map_err(fault)?;
+    let (err_read, err_write) = std::io::pipe().map_err(fault)?;
+    let (mut ready_read, ready_write) = std::io::pipe().map_err(fault)?;
+    let mut command = std::process::Command::new(&program);
+    for (key, value) in query.split('&').filter(|p| !p.is_empty()).map(|p| p.split_once('=').unwrap_or((p, ""))) {
+        command.arg(unquote(key)).arg(unquote(value));
+    }
+    command
+        .env("CONTAINER_ID", &context.container)
+        .env("CONTAINER_NAMESPACE", &context.namespace)
+        .stdin(ChildStdio::null())
+        .stdout(ChildStdio::null())
+        .stderr(ChildStdio::null());
+    let fds: [OwnedFd; 3] = [out_read.into(), err_read.into(), ready_write.into()];
+    let mappings = fds.into_iter().zip(3..).map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
+    command.fd_mappings(mappings.collect()).map_err(|e| fault(io::Error::other(e)))?;
+    let mut child = command.spawn().map_err(fault)?;
+    // The command still holds the child's ends.
+    drop(command);
+    // Waited for by a thread: the program ends when its pipes do, and its parent is who reaps it. Its word
+    // that it is ready is of no use to us: a pipe keeps what is written before.
+    std::thread::spawn(move || {
+        let _ = io::Read::read(&mut ready_read, &mut [0]);
+        let _ = child.wait();
+    });
+    let sink = |end: std::io::PipeWriter| -> Result<Sink, StdioError> {
+        Ok(Box::new(pipe::Sender::from_owned_fd(end.into()).map_err(fault)?))
+    };
+    Ok((sink(out_write)?, sink(err_write)?))
+}
+
+/// Undoes the percent encoding of a query.
+fn unquote(text: &str) -> String {
+    let mut out = Vec::new();
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        let plain = match byte {
+            b'+' => b' ',
+            b'%' => {
+                let digits: Vec<u8> = bytes.by_ref().take(2).collect();
+                std::str::from_utf8(&digits).ok().and_then(|d| u8::from_str_radix(d, 16).ok()).unwrap_or(b'%')
+            }
+            other => other,
+        };
+        out.push(plain);
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn output_ends_with_the_total_even_if_the_stream_does_not() {
+        let (mut guest, host) = tokio::io::duplex(64);
+        let (sink, mut seen) = tokio::io::duplex(1024);
+        let (total, told) = watch::channel(None);
+        let copy = tokio::spawn(copy_out(host, Box::new(sink), told));
+        guest.write_all(b"hello").await.unwrap();
+        total.send_replace(Some(9));
+        guest.write_all(b" you").await.unwrap();
+        copy.await.unwrap();
+        let mut text = String::new();
+        seen.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "hello you");
+        drop(guest);
+    }
+
+    #[tokio::test]
+    async fn a_lost_reader_does_not_stop_the_copy() {
+        let (mut guest, host) = tokio::io::duplex(64);
+        let (sink, seen) = tokio::io::duplex(16);
+        drop(seen);
+        let (_total, told) = watch::channel(None);
+        let copy = tokio::spawn(copy_out(host, Box::new(sink), told));
+        for _ in 0..100 {
+            guest.write_all(&[7; 64]).await.unwrap();
+        }
+        drop(guest);
+        copy.await.unwrap();
+    }
+
+    #[test]
+    fn a_scheme_that_nobody_serves_is_named() {
+        let error = open_output("stdout", "npipe://x").err().unwrap().to_string();
+        assert!(error.contains("npipe") && error.contains("binary://"), "{error}");
+    }
+
+    #[test]
+    fn queries_are_unquoted() {
+        assert_eq!(unquote("a%20b+c%"), "a b c%");
+    }
+}

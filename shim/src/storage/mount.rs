@@ -1,0 +1,187 @@
+//! Mounts what containerd describes in fstab's words.
+//! Knows mount(2); what is mounted and why is the callers' business.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    mount::{MsFlags, mount as sys_mount},
+    sched::{CloneFlags, unshare},
+};
+
+/// The kernel copies at most one page of mount data (mount(2)).
+const PAGE: usize = 4096;
+
+/// Words of fstab that are flags: word, flag, whether the word clears it (mount(8)).
+const FLAGS: [(&str, MsFlags, bool); 25] = [
+    ("async", MsFlags::MS_SYNCHRONOUS, true),
+    ("atime", MsFlags::MS_NOATIME, true),
+    ("bind", MsFlags::MS_BIND, false),
+    ("defaults", MsFlags::empty(), false),
+    ("dev", MsFlags::MS_NODEV, true),
+    ("diratime", MsFlags::MS_NODIRATIME, true),
+    ("dirsync", MsFlags::MS_DIRSYNC, false),
+    ("exec", MsFlags::MS_NOEXEC, true),
+    ("mand", MsFlags::MS_MANDLOCK, false),
+    ("noatime", MsFlags::MS_NOATIME, false),
+    ("nodev", MsFlags::MS_NODEV, false),
+    ("nodiratime", MsFlags::MS_NODIRATIME, false),
+    ("noexec", MsFlags::MS_NOEXEC, false),
+    ("nomand", MsFlags::MS_MANDLOCK, true),
+    ("norelatime", MsFlags::MS_RELATIME, true),
+    ("nostrictatime", MsFlags::MS_STRICTATIME, true),
+    ("nosuid", MsFlags::MS_NOSUID, false),
+    ("rbind", MsFlags::MS_BIND.union(MsFlags::MS_REC), false),
+    ("relatime", MsFlags::MS_RELATIME, false),
+    ("remount", MsFlags::MS_REMOUNT, false),
+    ("ro", MsFlags::MS_RDONLY, false),
+    ("rw", MsFlags::MS_RDONLY, true),
+    ("strictatime", MsFlags::MS_STRICTATIME, false),
+    ("suid", MsFlags::MS_NOSUID, true),
+    ("sync", MsFlags::MS_SYNCHRONOUS, false),
+];
+
+/// Why something could not be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The kernel refused.
+    #[error("mount {kind} {source_name} at {}", target.display())]
+    Mount {
+        /// File system type.
+        kind: String,
+        /// What was to be mounted.
+        source_name: String,
+        /// Where.
+        target: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// More layers than fit, even with short names.
+    #[error("mount {kind} at {}: its options have {length} bytes, the kernel takes {PAGE}", target.display())]
+    TooLong {
+        /// File system type.
+        kind: String,
+        /// Where.
+        target: PathBuf,
+        /// How long they are.
+        length: usize,
+    },
+}
+
+/// Mounts `source` as `kind` at `target`, which exists.
+///
+/// An overlay whose options do not fit into a page is mounted from the directory that its layers share, by
+/// a thread of its own: the working directory belongs to the whole process otherwise.
+pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> Result<(), MountError> {
+    let (flags, data) = parse(options);
+    if data.len() < PAGE {
+        return mount_here(kind, source, flags, &data, target);
+    }
+    let Some((base, short)) = shorten(&data).filter(|(_, short)| short.len() < PAGE) else {
+        return Err(MountError::TooLong { kind: kind.into(), target: target.into(), length: data.len() });
+    };
+    let fault = |source_error: io::Error| MountError::Mount {
+        kind: kind.into(),
+        source_name: source.into(),
+        target: target.into(),
+        source: source_error,
+    };
+    std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                unshare(CloneFlags::CLONE_FS).map_err(|e| fault(e.into()))?;
+                std::env::set_current_dir(&base).map_err(fault)?;
+                mount_here(kind, source, flags, &short, target)
+            })
+            .join()
+            .unwrap_or_else(|_| Err(fault(io::Error::other("the mounting thread panicked"))))
+    })
+}
+
+fn mount_here(kind: &str, source: &str, flags: MsFlags, data: &str, target: &Path) -> Result<(), MountError> {
+    let fault = |e: nix::errno::Errno| MountError::Mount {
+        kind: kind.into(),
+        source_name: source.into(),
+        target: target.into(),
+        source: e.into(),
+    };
+    let data = (!data.is_empty()).then_some(data);
+    // A bind takes no other flag at first (mount(2)); the rest is laid on by a remount.
+    if flags.contains(MsFlags::MS_BIND) {
+        let bind = flags & (MsFlags::MS_BIND | MsFlags::MS_REC);
+        sys_mount(Some(source), target, None::<&str>, bind, None::<&str>).map_err(fault)?;
+        let rest = flags - bind;
+        if !rest.is_empty() {
+            let again = rest | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+            sys_mount(None::<&str>, target, None::<&str>, again, None::<&str>).map_err(fault)?;
+        }
+        return Ok(());
+    }
+    sys_mount(Some(source), target, Some(kind), flags, data).map_err(fault)
+}
+
+fn parse(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        match FLAGS.iter().find(|(word, _, _)| word == option) {
+            Some((_, flag, true)) => flags.remove(*flag),
+            Some((_, flag, false)) => flags.insert(*flag),
+            None => data.push(option.as_str()),
+        }
+    }
+    (flags, data.join(","))
+}
+
+/// Takes the directory that all lower layers share out of `lowerdir=`, and answers it with the shorter
+/// options.
+fn shorten(data: &str) -> Option<(PathBuf, String)> {
+    let layers: Vec<&str> = data.split(',').find_map(|o| o.strip_prefix("lowerdir="))?.split(':').collect();
+    let first = layers.first()?;
+    let mut end = layers.iter().skip(1).fold(first.len(), |end, layer| {
+        first.bytes().zip(layer.bytes()).take(end).take_while(|(a, b)| a == b).count()
+    });
+    end = first[..end].rfind('/')?;
+    if end == 0 {
+        return None;
+    }
+    let base = &first[..end];
+    let short: Vec<&str> = layers.iter().map(|l| &l[end + 1..]).collect();
+    let options = data
+        .split(',')
+        .map(|o| if o.starts_with("lowerdir=") { format!("lowerdir={}", short.join(":")) } else { o.to_owned() })
+        .collect::<Vec<_>>()
+        .join(",");
+    Some((base.into(), options))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_become_flags_and_the_rest_data() {
+        let words = ["ro", "nosuid", "lowerdir=/a:/b", "rw"].map(String::from);
+        assert_eq!(parse(&words), (MsFlags::MS_NOSUID, "lowerdir=/a:/b".to_owned()));
+    }
+
+    #[test]
+    fn many_layers_are_named_from_the_directory_they_share() {
+        let layers: Vec<String> = (0..200).map(|n| format!("/var/lib/c/snapshots/{n}/fs")).collect();
+        let data = format!("index=off,lowerdir={},upperdir=/u,workdir=/w", layers.join(":"));
+        let (base, short) = shorten(&data).unwrap();
+        assert_eq!(base, Path::new("/var/lib/c/snapshots"));
+        assert!(short.starts_with("index=off,lowerdir=0/fs:1/fs:"), "{short}");
+        assert!(short.ends_with(":199/fs,upperdir=/u,workdir=/w"));
+        assert!(short.len() < data.len());
+    }
+
+    #[test]
+    fn a_refusal_names_what_and_where() {
+        let error = mount("nofs", "none", &[], Path::new("/nope")).unwrap_err();
+        assert!(error.to_string().contains("mount nofs none at /nope"), "{error}");
+    }
+}

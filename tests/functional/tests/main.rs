@@ -1,0 +1,32 @@
+//! What a user of ctr sees, through a real containerd. Run it with `tests/run functional`.
+//!
+//! A test is *common* unless its table says `Test::bulkhead` and why: common tests are proven on runc
+//! (`BULKHEAD_TEST_RUNTIME=io.containerd.runc.v2`), so that a failure on bulkhead is bulkhead's.
+
+mod badinput;
+mod ends;
+mod events;
+mod io;
+mod limits;
+mod run;
+mod security;
+mod task;
+mod terminal;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let tests = [
+        run::TESTS,
+        io::TESTS,
+        security::TESTS,
+        limits::TESTS,
+        task::TESTS,
+        terminal::TESTS,
+        events::TESTS,
+        badinput::TESTS,
+        ends::TESTS,
+    ]
+    .concat();
+    harness::run_suite("functional", &tests)
+}

@@ -1,0 +1,27 @@
+//! Runs a private containerd for a test, drives it with `ctr`, and finds what a test left behind.
+//! Knows containerd and the host; of bulkhead only the names of its programs and of its state directory.
+//!
+//! Each worker thread of a suite has a mount namespace, a network namespace, a `/run` and a containerd of
+//! its own ([`Node`]), so two tests can run at once and each leak is the fault of exactly one of them.
+
+mod command;
+mod context;
+mod events;
+mod image;
+mod isolate;
+mod leak;
+mod node;
+mod pty;
+mod runner;
+mod settings;
+mod spec;
+
+pub use command::{Exit, Output, Proc, Run, signal_process, wait_for_exit};
+pub use context::Context;
+pub use events::{Event, Events};
+pub use image::IMAGE;
+pub use leak::{ProcessInfo, Snapshot};
+pub use node::Node;
+pub use pty::Pty;
+pub use runner::{Scope, Test, run_suite, run_suite_without_containerd};
+pub use settings::{Runtime, Settings};

@@ -1,0 +1,258 @@
+//! Measures times and memory of pods beside runc's, through one containerd, and draws one start.
+//! Asserts nothing: a missed target is a line of the table, not an error.
+
+mod ctr;
+mod host;
+mod memory;
+mod report;
+mod rounds;
+mod stats;
+mod timeline;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+
+use ctr::{Ctr, Runtime};
+use memory::{Growth, Point};
+use report::{Measure, Report, Unit};
+use rounds::{Bench, Times};
+use timeline::Span;
+
+const MIB: f64 = (1 << 20) as f64;
+
+#[derive(Debug, Parser)]
+#[command(about, disable_version_flag = true)]
+struct Arguments {
+    /// Rounds; each measures both runtimes, in turns first
+    #[arg(long, default_value_t = 12)]
+    rounds: usize,
+    /// Numbers of idle pods at which memory is measured; none skips it
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8")]
+    pods: Vec<usize>,
+    /// How long pods are left alone before their memory is measured
+    #[arg(long, default_value_t = 30)]
+    idle_seconds: u64,
+    /// Directory for result.json, table.txt and timeline.svg
+    #[arg(long)]
+    output: PathBuf,
+    /// The client `ctr`
+    #[arg(long)]
+    ctr: PathBuf,
+    /// Socket of containerd
+    #[arg(long)]
+    address: PathBuf,
+    /// Namespace of containerd
+    #[arg(long, default_value = "default")]
+    namespace: String,
+    /// An image with busybox
+    #[arg(long)]
+    image: String,
+    /// The configuration of bulkhead to measure with
+    #[arg(long)]
+    config: PathBuf,
+    /// The command `bulkhead`
+    #[arg(long)]
+    bulkhead: PathBuf,
+    /// The program containerd-shim-bulkhead-v2
+    #[arg(long)]
+    shim: PathBuf,
+    /// The guest's kernel
+    #[arg(long)]
+    kernel: PathBuf,
+    /// What is measured, for the record
+    #[arg(long, default_value = "unknown")]
+    commit: String,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime.context("cannot start").and_then(|runtime| runtime.block_on(run(&arguments))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let folder = &arguments.output;
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let host =
+        host::Host::look(&arguments.bulkhead, &arguments.config, &arguments.address, &arguments.commit)?;
+    let trace = folder.join("trace.jsonl");
+    let config = folder.join("config.toml");
+    write_config(&arguments.config, &config, &trace)?;
+    let bench = Bench::new(Ctr {
+        program: arguments.ctr.clone(),
+        address: arguments.address.clone(),
+        namespace: arguments.namespace.clone(),
+        image: arguments.image.clone(),
+        config,
+    });
+    let outcome = measure(arguments, &bench, host, &trace).await;
+    // Also after a failure: what we started ends with us.
+    let kept = bench.remove_all().await;
+    let mut report = outcome?;
+    report.left_behind.extend(kept);
+    let pods = host::ask(&arguments.bulkhead, &arguments.config, &arguments.address, "ps")?;
+    report.left_behind.extend(bench.left_behind(&pods));
+
+    let table = report.table();
+    let drawn = timeline::svg("one start (ctr run … echo), the median of those measured", &report.timeline);
+    fs::write(folder.join("result.json"), serde_json::to_string_pretty(&report)? + "\n")?;
+    fs::write(folder.join("table.txt"), &table)?;
+    fs::write(folder.join("timeline.svg"), drawn)?;
+    println!("{table}\n{}: result.json, table.txt, timeline.svg", folder.display());
+    Ok(())
+}
+
+/// The configuration under test, plus the file of spans.
+fn write_config(from: &PathBuf, to: &PathBuf, trace: &std::path::Path) -> anyhow::Result<()> {
+    let text = fs::read_to_string(from).with_context(|| format!("cannot read {}", from.display()))?;
+    // A key of the top stands before every section.
+    let mut with_trace = format!("trace_file = {trace:?}\n");
+    text.lines().filter(|line| !line.starts_with("trace_file")).for_each(|line| {
+        with_trace.push_str(line);
+        with_trace.push('\n');
+    });
+    fs::write(to, with_trace).with_context(|| format!("cannot write {}", to.display()))
+}
+
+async fn measure(
+    arguments: &Arguments,
+    bench: &Bench,
+    host: host::Host,
+    trace: &std::path::Path,
+) -> anyhow::Result<Report> {
+    eprintln!("starts: {} rounds", arguments.rounds);
+    let starts = bench.starts(arguments.rounds, trace).await?;
+    eprintln!("exec: {} rounds", arguments.rounds);
+    let execs = bench.execs(arguments.rounds).await?;
+    let agent = bench.agent_resident().await?;
+    let (mut grown, mut shim_private) = (Vec::new(), Vec::new());
+    for runtime in Runtime::ALL {
+        grown.push(grow(arguments, bench, runtime, &mut shim_private).await?);
+    }
+    let memory_bulkhead = grown.pop().flatten();
+    let memory_runc = grown.pop().flatten();
+    let size = |path: &PathBuf| fs::metadata(path).map(|file| file.len() as f64).ok();
+    let growth = |pick: fn(&Growth) -> Option<f64>| {
+        let of = |growth: &Option<Growth>| growth.as_ref().and_then(pick).into_iter().collect::<Vec<_>>();
+        (of(&memory_runc), of(&memory_bulkhead))
+    };
+    let slope = |name, pick| {
+        let (runc, bulkhead) = growth(pick);
+        Measure { ratio: None, ..Measure::beside(name, Unit::Bytes, &runc, &bulkhead) }
+    };
+    let counts = arguments.pods.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    let Times { runc, bulkhead } = &starts.total;
+    let measures = vec![
+        Measure::beside("ctr run --rm … true", Unit::Seconds, runc, bulkhead)
+            .at_most(1.5, Unit::Seconds)
+            .with_note(stages(&starts.timeline)),
+        Measure::beside("first byte", Unit::Seconds, &starts.first_byte.runc, &starts.first_byte.bulkhead),
+        Measure::alone("launch to Hello", Unit::Seconds, &starts.launch_to_hello).at_most(0.7, Unit::Seconds),
+        Measure::beside("ctr task exec … true", Unit::Seconds, &execs.runc, &execs.bulkhead)
+            .at_most(2.0, Unit::TimesRunc),
+        Measure::alone("shim program", Unit::Bytes, &Vec::from_iter(size(&arguments.shim))).at_most(8.0 * MIB, Unit::Bytes),
+        Measure::alone("shim private memory", Unit::Bytes, &shim_private)
+            .at_most(12.0 * MIB, Unit::Bytes)
+            .with_note("of the shims of idle pods; pages of the program that they share are not counted"),
+        Measure::alone("agent resident", Unit::Bytes, &Vec::from_iter(agent))
+            .at_most(6.0 * MIB, Unit::Bytes)
+            .with_note("agent and launcher together: all anonymous and mapped pages of the guest less the container's"),
+        Measure::alone("guest kernel", Unit::DecimalBytes, &Vec::from_iter(size(&arguments.kernel)))
+            .at_most(25e6, Unit::DecimalBytes),
+        slope("host memory a pod", |growth| growth.pss_per_pod)
+            .with_note(format!("slope of PSS over {counts} pods, {} s idle", arguments.idle_seconds)),
+        slope("- of it guest memory", |growth| growth.pss_memfd_per_pod),
+        slope("- by MemAvailable", |growth| growth.available_per_pod),
+    ];
+    Ok(Report {
+        host,
+        start_state: "warm cache",
+        network: "none",
+        rounds: arguments.rounds,
+        load_after: host::load(),
+        measures,
+        memory_runc,
+        memory_bulkhead,
+        timeline: starts.timeline,
+        left_behind: Vec::new(),
+    })
+}
+
+/// Memory over the number of idle pods; the private memory of each shim of bulkhead goes to `shim_private`.
+async fn grow(
+    arguments: &Arguments,
+    bench: &Bench,
+    runtime: Runtime,
+    shim_private: &mut Vec<f64>,
+) -> anyhow::Result<Option<Growth>> {
+    let mut points = Vec::new();
+    let mut ids = Vec::new();
+    for pods in &arguments.pods {
+        eprintln!("memory: {pods} idle pods of {}", runtime.name());
+        while ids.len() < *pods {
+            ids.push(bench.detached(runtime).await?);
+        }
+        // Not a wait for something: being left alone is what is measured.
+        tokio::time::sleep(Duration::from_secs(arguments.idle_seconds)).await;
+        let shims = bench.shims(&ids);
+        let family: Vec<u32> = shims.iter().flat_map(|pid| memory::family(*pid)).collect();
+        points.push(Point { pods: *pods, usage: memory::usage(&family), mem_available: memory::available() });
+        if runtime == Runtime::Bulkhead && Some(pods) == arguments.pods.last() {
+            shim_private
+                .extend(shims.iter().filter_map(|pid| memory::private(*pid).ok()).map(|bytes| bytes as f64));
+        }
+    }
+    for id in &ids {
+        bench.remove(id).await?;
+    }
+    Ok((!points.is_empty()).then(|| Growth::of(points)))
+}
+
+/// Where the time of a start goes, longest stage first.
+fn stages(spans: &[Span]) -> String {
+    let mut longest: Vec<_> =
+        spans.iter().filter(|span| !rounds::OUTER.contains(&span.name.as_str())).collect();
+    longest.sort_by(|a, b| b.seconds().total_cmp(&a.seconds()));
+    let shown: Vec<_> =
+        longest.iter().take(6).map(|span| format!("{} {:.3} s", span.name, span.seconds())).collect();
+    match shown.is_empty() {
+        true => "the shim wrote no spans".into(),
+        false => format!("longest stages of the median start: {}", shown.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_trace_is_set_above_the_sections_and_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, to) = (folder.path().join("a"), folder.path().join("b"));
+        fs::write(&from, "state_dir = \"/s\"\ntrace_file = \"/old\"\n[sandbox]\nvcpus = 1\n").unwrap();
+        write_config(&from, &to, std::path::Path::new("/new")).unwrap();
+        let text = fs::read_to_string(&to).unwrap();
+        assert_eq!(text, "trace_file = \"/new\"\nstate_dir = \"/s\"\n[sandbox]\nvcpus = 1\n");
+    }
+
+    #[test]
+    fn the_longest_stages_come_first_without_the_outer_clocks() {
+        let span =
+            |name: &str, length| Span { name: name.into(), start_unix_nanos: 0, end_unix_nanos: length };
+        let text =
+            stages(&[span("ctr run", 9_000_000_000), span("plan", 1_000_000), span("kernel", 600_000_000)]);
+        assert_eq!(text, "longest stages of the median start: kernel 0.600 s, plan 0.001 s");
+        assert_eq!(stages(&[]), "the shim wrote no spans");
+    }
+}
