@@ -59,7 +59,9 @@ impl<'a> Context<'a> {
         }
         let snapshots = self.ctr().args(["snapshot", "ls"]).output()?.ok()?.out();
         let active = snapshots.lines().filter(|l| l.trim_end().ends_with("Active"));
-        left.extend(active.filter_map(|l| l.split_whitespace().next()).map(|k| format!("snapshot {k} in containerd")));
+        left.extend(
+            active.filter_map(|l| l.split_whitespace().next()).map(|k| format!("snapshot {k} in containerd")),
+        );
         Ok(())
     }
 
@@ -268,6 +270,11 @@ impl<'a> Context<'a> {
     pub fn write_config(&mut self, text: &str) -> Result<()> {
         self.changed_config = true;
         fs::write(self.node.bulkhead_config(), text).context("write bulkhead.toml")
+    }
+
+    /// Takes back what this test has changed in the shim's configuration.
+    pub fn reset_config(&mut self) -> Result<()> {
+        self.node.reset_bulkhead_config()
     }
 
     fn restore_config(&mut self) -> Result<()> {
