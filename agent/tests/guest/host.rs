@@ -30,7 +30,7 @@ use ttrpc::context::{self, Context};
 use crate::vm::Vm;
 
 /// No single request takes this long.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 type Waiting = Arc<Mutex<HashMap<[u8; 16], oneshot::Sender<UnixStream>>>>;
 
@@ -297,7 +297,7 @@ impl Host {
         };
         let mut events = self.events.clone();
         let all = timeout(DEADLINE, events.wait_for(|all| find(all).is_some())).await;
-        find(&all.unwrap_or_else(|_| panic!("{id} {exec_id} has not ended; console:\n{}", self.vm.console())).unwrap()).unwrap()
+        find(&all.unwrap_or_else(|_| panic!("{id} {exec_id} has not ended; told {:?}; console:\n{}", self.events(), self.vm.console())).unwrap()).unwrap()
     }
 
     /// Closes the control connection; the machine remains to be waited for.

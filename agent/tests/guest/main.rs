@@ -52,6 +52,26 @@ async fn the_guest_is_what_configure_says() {
 
 #[tokio::test]
 #[ignore = "boots a machine"]
+async fn the_agent_is_small() {
+    let mut host = Host::start().await;
+    let root = host.vm.rootfs("c");
+    // Without a pid namespace of its own a container sees the guest's processes.
+    let script = "for p in 1 $(pidof bulkhead-zygote); do grep -E '^(Name|VmRSS|RssAnon|RssFile|RssShmem|Threads):' /proc/$p/status; done; free -k; sleep 1000 &";
+    let mut spec = spec(&root, &["sh", "-c", script]);
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.retain(|namespace| namespace["type"] != "pid");
+    let (status, out, err) = host.run("c", &spec, b"").await;
+    println!("{out}");
+    assert_eq!((status, err.as_str()), (0, ""));
+    let kib = |key: &str| -> u64 {
+        let line = out.lines().find(|line| line.starts_with(key)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    assert!(kib("RssAnon:") <= 6 << 10, "{out}");
+}
+
+#[tokio::test]
+#[ignore = "boots a machine"]
 async fn the_machine_ends_when_the_host_hangs_up() {
     let host = Host::start().await;
     let mut machine = host.hang_up();

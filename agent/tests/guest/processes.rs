@@ -187,7 +187,9 @@ async fn a_terminal_is_one() {
     wait_for_process(&host, "c", 2).await;
     keys.write_all(b"\x1a").await.unwrap();
     expect!("Stopped");
-    keys.write_all(b"kill -9 %1; wait %1; exit 9\n").await.unwrap();
+    keys.write_all(b"kill -9 %1; wait %1; echo gone\n").await.unwrap();
+    expect!("\ngone");
+    keys.write_all(b"exit 9\n").await.unwrap();
     assert_eq!(host.exit("c", "").await, 9);
 }
 

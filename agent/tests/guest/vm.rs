@@ -54,7 +54,9 @@ impl Vm {
         let at = |name: &str| dir.path().join(name);
         let share = at("share");
         fs::create_dir(&share).unwrap();
-        fs::write(at("initrd"), initrd(Path::new(env!("CARGO_BIN_EXE_bulkhead-agent")))).unwrap();
+        // The agent of this build, unless the shipped one is to be looked at.
+        let agent = env::var_os("BULKHEAD_TEST_AGENT").unwrap_or_else(|| env!("CARGO_BIN_EXE_bulkhead-agent").into());
+        fs::write(at("initrd"), initrd(Path::new(&agent))).unwrap();
 
         let listener = StdListener::bind(at("fs.sock")).unwrap();
         let fs = virtiofsd(listener, &share);

@@ -349,7 +349,9 @@ impl Host {
         }
         debug!(kernel = hello.kernel, agent = hello.agent, "guest is up");
         let events = agent.events().await?;
-        let hostname = spec.hostname().clone().unwrap_or_default();
+        // A container without a name of its own has the host's, as with runc.
+        let own = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned());
+        let hostname = spec.hostname().clone().or_else(|| own().ok()).unwrap_or_default();
         let guest = agent.configure(&hostname).instrument(info_span!("configure")).await?;
         debug!(controllers = ?guest.controllers, "guest is configured");
         if let Some(ready) = lock(&self.ready).as_mut() {

@@ -40,12 +40,12 @@ fn golden_machine_with_a_share() {
 -machine microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=on,graphics=off,memory-backend=memory
 -accel tcg,thread=multi,tb-size=128
 -cpu max,-cx16
--smp 2,maxcpus=2
+-smp 2
 -m 256M
 -object memory-backend-memfd,id=memory,size=256M,share=on
 -kernel /k/vmlinux
 -initrd /k/initrd
--append console=ttyS0 quiet panic=-1 reboot=t no_timer_check noreplace-smp tsc_early_khz=2300000 tsc=reliable agent.log=debug
+-append console=ttyS0 quiet panic=-1 reboot=t noreplace-smp no_timer_check tsc_early_khz=2300000 tsc=reliable agent.log=debug
 -chardev stdio,id=console,signal=off
 -serial chardev:console
 -chardev socket,id=vsock,fd=12
