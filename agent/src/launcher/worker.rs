@@ -175,8 +175,13 @@ fn reason(ours: String, chain: &str, log: &str) -> String {
         chain = rest.trim_start();
     }
     let first = log.lines().next().filter(|first| !chain.contains(first));
-    let cause = kernel_said(log).filter(|cause| !chain.contains(cause) && !first.unwrap_or("").contains(cause));
-    [Some(chain.to_owned()), first.map(str::to_owned), cause].into_iter().flatten().collect::<Vec<_>>().join(": ")
+    let cause =
+        kernel_said(log).filter(|cause| !chain.contains(cause) && !first.unwrap_or("").contains(cause));
+    [Some(chain.to_owned()), first.map(str::to_owned), cause]
+        .into_iter()
+        .flatten()
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 /// What libcontainer puts before an error for the way it took, which helps nobody.
@@ -266,17 +271,20 @@ fn update(id: &str, resources: &LinuxResources) -> Result<(), String> {
 }
 
 fn delete(id: &str) -> Result<(), String> {
-    if state_root().join(id).exists() {
+    // A container may have made cgroups below its own, which libcontainer does not expect.
+    let cgroup = cgroup::path(id);
+    cgroup::remove(&cgroup).map_err(doing("remove", &cgroup))?;
+    let state = state_root().join(id);
+    if state.exists() {
         load(id)?.delete(true).map_err(|e| chain(&e))?;
     }
-    for dir in [bundle(id), state_root().join(id)] {
+    for dir in [bundle(id), state] {
         match fs::remove_dir_all(&dir) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(doing("remove", &dir)(e)),
             _ => {}
         }
     }
-    let cgroup = cgroup::path(id);
-    if cgroup.exists() { cgroup::remove(&cgroup).map_err(doing("remove", &cgroup)) } else { Ok(()) }
+    Ok(())
 }
 
 fn load(id: &str) -> Result<Container, String> {
@@ -393,14 +401,21 @@ mod tests {
 
     #[test]
     fn a_chain_says_each_cause_once() {
-        assert_eq!(chain(&layers(&["create: mount", "mount", "no such device"])), "create: mount: no such device");
+        assert_eq!(
+            chain(&layers(&["create: mount", "mount", "no such device"])),
+            "create: mount: no such device"
+        );
     }
 
     #[test]
     fn our_own_words_come_first_then_the_deepest_complaint() {
         assert_eq!(reason("exec: nope".into(), "chain", "log"), "exec: nope");
-        assert_eq!(reason(String::new(), "prepare", "mount x\nerr=Mount(Nix(ENODEV))"), "prepare: mount x: no such device");
-        let prefixed = "failed to create container: exec process failed with error error in executing process : why";
+        assert_eq!(
+            reason(String::new(), "prepare", "mount x\nerr=Mount(Nix(ENODEV))"),
+            "prepare: mount x: no such device"
+        );
+        let prefixed =
+            "failed to create container: exec process failed with error error in executing process : why";
         assert_eq!(reason(String::new(), prefixed, ""), "why");
         assert_eq!(reason(String::new(), "all ENOENT", "ENOENT"), "all ENOENT");
         assert_eq!(reason(String::new(), "chain", ""), "chain");
