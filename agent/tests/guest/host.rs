@@ -18,7 +18,7 @@ use bulkhead_proto::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
     process::Child,
     sync::{oneshot, watch},
@@ -279,6 +279,13 @@ impl Host {
         };
         let (out, err, ()) = tokio::join!(self.read_all(out), self.read_all(err), write);
         (out, err)
+    }
+
+    /// Reads stdout up to the first end of a line.
+    pub(crate) async fn first_line(&self, io: Io) -> String {
+        let [out, _] = io.outputs;
+        let mut lines = BufReader::new(out.unwrap().1.await.unwrap()).lines();
+        timeout(DEADLINE, lines.next_line()).await.expect("a line").unwrap().unwrap()
     }
 
     /// Connections of a terminal: one to write to, one to read from.

@@ -263,3 +263,28 @@ async fn a_hook_runs_in_the_container_before_its_command() {
     assert_eq!(status, 0, "{err}");
     assert!(out.contains(r#""id":"c""#) && out.ends_with("0\n"), "{out}");
 }
+
+#[tokio::test]
+#[ignore = "boots a machine"]
+async fn an_exec_follows_an_init_that_has_made_cgroups() {
+    let mut host = Host::start().await;
+    let root = host.vm.rootfs("c");
+    let script = "cd /sys/fs/cgroup && mkdir own && echo 1 > own/cgroup.procs && echo +pids > cgroup.subtree_control && echo ready; sleep 1000";
+    let mut spec = spec(&root, &["sh", "-c", script]);
+    for mount in spec["mounts"].as_array_mut().unwrap() {
+        mount["options"].as_array_mut().unwrap().retain(|option| option != "ro");
+    }
+    let (stdio, io) = host.stdio(false, false);
+    host.create("c", &spec, stdio).await.unwrap();
+    host.start_container("c").await.unwrap();
+    assert_eq!(host.first_line(io).await, "ready");
+    let process = spec_process(&["cat", "/proc/self/cgroup"]);
+    assert_eq!(host.run_exec("c", "e", &process).await, (0, "0::/own\n".into(), String::new()));
+    host.signal("c", "", libc::SIGKILL, true).await.unwrap();
+    assert_eq!(host.exit("c", "").await, 137);
+    host.delete("c").await.unwrap();
+}
+
+fn spec_process(args: &[&str]) -> serde_json::Value {
+    spec("/", args)["process"].clone()
+}
