@@ -174,7 +174,11 @@ fn kill_after_exit(t: &mut Context) -> Result<()> {
     let mut events = t.events()?;
     t.start_detached(&[], "c", &["true"])?;
     events.wait_exit("c", 30)?;
-    t.ctr().args(["task", "kill", "c"]).output()?.expect_failure()?.expect_stderr(&["not found"])?;
+    t.ctr()
+        .args(["task", "kill", "c"])
+        .output()?
+        .expect_failure()?
+        .expect_stderr(&["process already finished"])?;
     t.remove("c")
 }
 
