@@ -222,3 +222,23 @@ async fn many_execs_leave_nothing_behind() {
     }
     println!("an exec takes {:?}", begin.elapsed() / ROUNDS);
 }
+
+#[tokio::test]
+#[ignore = "boots a machine"]
+async fn a_slow_reader_loses_nothing() {
+    let mut host = Host::start().await;
+    let root = host.vm.rootfs("c");
+    let (stdio, io) = host.stdio(false, false);
+    host.create("c", &spec(&root, &["seq", "1", "400000"]), stdio).await.unwrap();
+    host.start_container("c").await.unwrap();
+    // Nobody reads until every buffer on the way is full: the container's process must stand still, then go on.
+    let pids = || async { host.vm.client.pids(context(), &request("c")).await.unwrap().processes.len() };
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(pids().await, 1, "the process waits for its reader");
+    }
+    let (out, _) = host.talk(io, b"").await;
+    let expected: String = (1..=400000).map(|n| format!("{n}\n")).collect();
+    assert!(out == expected.as_bytes(), "{} bytes instead of {}", out.len(), expected.len());
+    assert_eq!(host.exit("c", "").await, 0);
+}
