@@ -46,6 +46,7 @@ fn serve() -> io::Result<()> {
             }
             "read" => fs::read_to_string(word()),
             "write" => fs::write(word(), word()).map(|()| String::new()),
+            "copy" => fs::read(word()).and_then(|data| fs::write(word(), data)).map(|()| String::new()),
             "list" => fs::read_dir(word()).map(|entries| {
                 let mut names: Vec<_> =
                     entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();

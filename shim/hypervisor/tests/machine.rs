@@ -8,14 +8,25 @@
 
 mod rig;
 
-use std::{os::unix::fs::PermissionsExt, path::Path};
+use std::{
+    io::{BufRead, BufReader},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use bulkhead_hypervisor::{
     Exit, Hypervisor,
     qemu::{MINIMUM_MEMORY, QEMU, VIRTIOFSD, VSOCK},
 };
 use bulkhead_vmm_spec::{BlockBinding, BlockShape};
-use nix::sys::signal::{Signal, kill};
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
 
 use crate::rig::{Rig, backend, within};
 
@@ -154,4 +165,49 @@ async fn a_kernel_that_is_none_is_an_end_with_words() {
     assert!(end.to_string().contains("no-elf") || !end.messages.is_empty(), "{end}");
     machine.kill().await;
     rig.assert_nothing_left();
+}
+
+/// Set in the process that is killed by the test below.
+const ROLE: &str = "BULKHEAD_TEST_ROLE";
+
+#[test]
+#[ignore = "needs the parts"]
+fn every_part_dies_with_us_even_by_sigkill() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    if std::env::var_os(ROLE).is_some() {
+        return runtime.block_on(async {
+            let rig = Rig::new();
+            let mut running = rig.boot().await;
+            // virtiofsd has given up its rights by now, which must not have made it forget its parent.
+            running.command("mount virtiofs share /share").await;
+            running.command("write /share/file text").await;
+            println!("\nmachine {} {:?}", rig.dir.path().display(), running.machine.processes());
+            std::future::pending::<()>().await;
+        });
+    }
+    // What the other process leaves is ours to reap, and that is an event.
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    let mut other = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "every_part_dies_with_us_even_by_sigkill", "--nocapture", "--include-ignored"])
+        .env(ROLE, "parent")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(other.stdout.take().unwrap()).lines();
+    let line =
+        lines.map_while(Result::ok).find_map(|l| Some(l.strip_prefix("machine ")?.to_owned())).unwrap();
+    let (dir, parts) = line.split_once(' ').unwrap();
+    let pids: Vec<i32> =
+        parts.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok()).collect();
+    assert_eq!(pids.len(), 3, "{parts}");
+    other.kill().unwrap();
+    other.wait().unwrap();
+    runtime.block_on(async {
+        for pid in pids {
+            let reaped = tokio::task::spawn_blocking(move || waitpid(Pid::from_raw(pid), None).unwrap());
+            let status = within(reaped).await.unwrap();
+            assert!(matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)), "{parts}: {status:?}");
+        }
+    });
+    std::fs::remove_dir_all(dir).unwrap();
 }

@@ -28,7 +28,7 @@ pub const PATH_VARIABLE: &str = "BULKHEAD_CONFIG";
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
 
 /// The least memory, in MiB, with which the guest boots: workload and reserve together.
-pub const MINIMUM_GUEST_MEMORY_MIB: u64 = 96;
+pub const MINIMUM_GUEST_MEMORY_MIB: u64 = bulkhead_hypervisor::qemu::MINIMUM_MEMORY.0;
 
 /// Every value that an operator can set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,7 +159,7 @@ impl Default for Hypervisor {
 
 impl Default for Sandbox {
     fn default() -> Self {
-        Self { memory_mib: 2048, memory_reserve_mib: 128, vcpus: 1, max_vcpus: 0 }
+        Self { memory_mib: 1024, memory_reserve_mib: 128, vcpus: 1, max_vcpus: 0 }
     }
 }
 

@@ -168,7 +168,7 @@ fn too_little_memory_states_the_figure() {
     assert_eq!(
         message("[sandbox]\nmemory_mib = 16\nmemory_reserve_mib = 0"),
         "c.toml: `sandbox.memory_mib` and `sandbox.memory_reserve_mib` make 16 MiB together, \
-         but the guest needs at least 96 MiB to boot"
+         but the guest needs at least 64 MiB to boot"
     );
 }
 

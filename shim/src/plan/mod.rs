@@ -9,6 +9,8 @@ mod spec;
 pub use mounts::Bind;
 pub use sizing::Sizing;
 
+use std::path::PathBuf;
+
 use oci_spec::runtime::{Hook, Spec};
 
 use crate::{
@@ -40,6 +42,9 @@ pub struct HostHooks {
 pub struct ContainerPlan {
     /// The spec for the guest, its paths those of the guest.
     pub guest_spec: Spec,
+    /// The spec's own path of the root: what is run if containerd mounts nothing (`ctr run --rootfs`).
+    /// Relative to the bundle.
+    pub root_path: PathBuf,
     /// The root is to be shared read-only.
     pub root_read_only: bool,
     /// What of the host is shared with the guest besides the root.
@@ -53,6 +58,7 @@ pub struct ContainerPlan {
 /// Plans one container.
 pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Fault> {
     spec::check(&spec)?;
+    let root_path = spec.root().as_ref().map_or_else(PathBuf::new, |r| r.path().clone());
     let root_read_only = spec.root().as_ref().is_some_and(|r| r.readonly().unwrap_or(false));
     let privileged = devices::is_privileged(&spec);
     devices::translate(&mut spec, privileged)?;
@@ -60,7 +66,7 @@ pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Faul
     let hooks = spec::take_host_hooks(&mut spec)?;
     spec::move_into_guest(&mut spec, id);
     let console = spec::console_size(&spec);
-    Ok(ContainerPlan { guest_spec: spec, root_read_only, binds, hooks, console })
+    Ok(ContainerPlan { guest_spec: spec, root_path, root_read_only, binds, hooks, console })
 }
 
 /// The size of the machine for a sandbox whose first container has `spec`.

@@ -349,7 +349,9 @@ impl Host {
         }
         debug!(kernel = hello.kernel, agent = hello.agent, "guest is up");
         let events = agent.events().await?;
-        let hostname = spec.hostname().clone().unwrap_or_default();
+        // A container without a name of its own has the host's, as with runc.
+        let own = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned());
+        let hostname = spec.hostname().clone().or_else(|| own().ok()).unwrap_or_default();
         let guest = agent.configure(&hostname).instrument(info_span!("configure")).await?;
         debug!(controllers = ?guest.controllers, "guest is configured");
         if let Some(ready) = lock(&self.ready).as_mut() {
@@ -362,7 +364,9 @@ impl Host {
     async fn prepare(&self, request: CreateRequest) -> Result<(), Fault> {
         let spec = load_spec(&request.bundle)?;
         let plan = plan::container(&request.id, spec)?;
-        let (id, bundle, rootfs) = (request.id.clone(), request.bundle.clone(), request.rootfs);
+        let (id, rootfs) = (request.id.clone(), request.rootfs);
+        // With mounts the root is where containerd will unmount it; without, it is what the spec names.
+        let root = request.bundle.join(if rootfs.is_empty() { &plan.root_path } else { Path::new("rootfs") });
         let (binds, read_only) = (plan.binds.clone(), plan.root_read_only);
         let share = Share::new(self.dir.join("share"));
         let ledger = self.ledger.clone();
@@ -373,7 +377,7 @@ impl Host {
                 .as_mut()
                 .ok_or_else(|| Fault::new(Kind::Unavailable, "the sandbox is being taken back"))?;
             share
-                .add_root(ledger, &id, &bundle, &rootfs, read_only)
+                .add_root(ledger, &id, &root, &rootfs, read_only)
                 .map_err(|e| Fault::of(Kind::Internal, &e))?;
             for bind in &binds {
                 share.add_bind(ledger, &id, bind).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;

@@ -73,19 +73,21 @@ impl Share {
         self.dir.join(id.as_str())
     }
 
-    /// Mounts the container's root at `<bundle>/rootfs`, as containerd expects it, and shows it to the guest.
+    /// Mounts the container's root at `root`, and shows it to the guest. Without mounts `root` is a folder
+    /// that the user prepared, and must be there.
     pub fn add_root(
         &self,
         ledger: &mut Ledger,
         id: &ContainerId,
-        bundle: &Path,
+        root: &Path,
         mounts: &[RootMount],
         read_only: bool,
     ) -> Result<(), ShareError> {
-        let root = bundle.join("rootfs");
-        make_dir(&root)?;
+        if !mounts.is_empty() {
+            make_dir(root)?;
+        }
         for part in mounts {
-            let target = if part.target.is_empty() { root.clone() } else { inside(&root, &part.target) };
+            let target = if part.target.is_empty() { root.to_owned() } else { inside(root, &part.target) };
             ledger.record(mount_entry(&target, id))?;
             mount(&part.kind, &part.source, &part.options, &target)?;
         }
@@ -94,8 +96,7 @@ impl Share {
         make_dir(&folder.join("mounts"))?;
         let target = folder.join("rootfs");
         make_dir(&target)?;
-        // A root without mounts is a folder that the user prepared in the bundle.
-        self.bind(ledger, id, &root, &target, true, read_only)
+        self.bind(ledger, id, root, &target, true, read_only)
     }
 
     /// Shows one bind mount to the guest.

@@ -16,7 +16,10 @@ use crate::task::{kill_shim, sleeper};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::common("d1_delete_answers_in_protobuf", d1_delete_answers_in_protobuf),
-    Test::common("d2_delete_unmounts_the_rootfs_and_succeeds_twice", d2_delete_unmounts_the_rootfs_and_succeeds_twice),
+    Test::common(
+        "d2_delete_unmounts_the_rootfs_and_succeeds_twice",
+        d2_delete_unmounts_the_rootfs_and_succeeds_twice,
+    ),
     Test::common("d2_delete_kills_what_a_dead_shim_left", d2_delete_kills_what_a_dead_shim_left),
     Test::common("d4_delete_where_start_never_ran", d4_delete_where_start_never_ran),
     Test::common("d4_delete_of_a_container_spares_the_pod", d4_delete_of_a_container_spares_the_pod),

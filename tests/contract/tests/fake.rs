@@ -174,7 +174,14 @@ impl Fake {
     /// The shim's binary with the flags and the environment that containerd gives it.
     pub(crate) fn binary(&self, id: &str, bundle: &Path, more: &[&str], action: &str) -> Run {
         Run::new(&self.shim)
-            .args(["-namespace", &self.namespace, "-address", &self.address(), "-publish-binary", "/bin/false"])
+            .args([
+                "-namespace",
+                &self.namespace,
+                "-address",
+                &self.address(),
+                "-publish-binary",
+                "/bin/false",
+            ])
             .args(["-id", id])
             .args(more)
             .arg(action)
@@ -224,7 +231,10 @@ impl Fake {
 
     /// Connects to a shim.
     pub(crate) fn connect(&self, address: &str) -> Result<Shim<'_>> {
-        let client = self.runtime.block_on(Client::connect(address)).with_context(|| format!("connect to {address}"))?;
+        let client = self
+            .runtime
+            .block_on(Client::connect(address))
+            .with_context(|| format!("connect to {address}"))?;
         Ok(Shim { fake: self, client, address: address.to_string() })
     }
 
@@ -279,12 +289,10 @@ fn tell(envelope: &Envelope) -> String {
     let told = match name {
         "create" => events::TaskCreate::parse_from_bytes(&value).map(|e| e.container_id),
         "start" => events::TaskStart::parse_from_bytes(&value).map(|e| e.container_id),
-        "exec-added" => {
-            events::TaskExecAdded::parse_from_bytes(&value).map(|e| format!("{}/{}", e.container_id, e.exec_id))
-        }
-        "exec-started" => {
-            events::TaskExecStarted::parse_from_bytes(&value).map(|e| format!("{}/{}", e.container_id, e.exec_id))
-        }
+        "exec-added" => events::TaskExecAdded::parse_from_bytes(&value)
+            .map(|e| format!("{}/{}", e.container_id, e.exec_id)),
+        "exec-started" => events::TaskExecStarted::parse_from_bytes(&value)
+            .map(|e| format!("{}/{}", e.container_id, e.exec_id)),
         "exit" => events::TaskExit::parse_from_bytes(&value).map(|e| {
             let who = if e.id == e.container_id { e.id } else { format!("{}/{}", e.container_id, e.id) };
             format!("{who} {}", e.exit_status)
@@ -309,7 +317,8 @@ pub(crate) struct Answer {
 impl Answer {
     /// Reads it as every containerd since 1.7 can: JSON.
     pub(crate) fn parse(output: &Output) -> Result<Self> {
-        let value: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("not JSON\n{output}"))?;
+        let value: Value =
+            serde_json::from_slice(&output.stdout).with_context(|| format!("not JSON\n{output}"))?;
         Ok(Self {
             version: value["version"].as_u64().unwrap_or(0),
             address: value["address"].as_str().unwrap_or_default().to_string(),
@@ -415,7 +424,11 @@ impl Shim<'_> {
     }
 
     /// A waiting call, not waited for: its exit status.
-    pub(crate) fn wait_later(&self, id: &str, exec: &str) -> impl Future<Output = Result<u32, Failure>> + use<> {
+    pub(crate) fn wait_later(
+        &self,
+        id: &str,
+        exec: &str,
+    ) -> impl Future<Output = Result<u32, Failure>> + use<> {
         let request = api::WaitRequest { id: id.into(), exec_id: exec.into(), ..Default::default() };
         let call = self.request::<api::WaitResponse>(V3, "Wait", &request);
         async move { Ok(call.await?.exit_status) }
@@ -435,7 +448,13 @@ impl Shim<'_> {
     }
 
     /// An exec whose output goes to `stdout`.
-    pub(crate) fn exec_to(&self, id: &str, exec: &str, command: &[&str], stdout: &str) -> Result<(), Failure> {
+    pub(crate) fn exec_to(
+        &self,
+        id: &str,
+        exec: &str,
+        command: &[&str],
+        stdout: &str,
+    ) -> Result<(), Failure> {
         let process = serde_json::json!({
             "args": command, "cwd": "/", "user": { "uid": 0, "gid": 0 },
             "env": ["PATH=/usr/bin:/bin"],

@@ -62,7 +62,11 @@ fn l2_a_log_without_a_reader_does_not_block(t: &mut Context) -> Result<()> {
     shim.create("c", &bundle)?;
     shim.start("c", "")?;
     // ... and comes back.
-    let mut log = File::options().read(true).write(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(bundle.join("log"))?;
+    let mut log = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .open(bundle.join("log"))?;
     shim.end("c")?;
     let mut text = vec![0; 1 << 16];
     let n = log.read(&mut text).unwrap_or(0);

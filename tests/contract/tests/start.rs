@@ -3,8 +3,6 @@
 use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Result, ensure};
-use containerd_shim_protos::bootstrap_api::BootstrapResult;
-use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use harness::{Context, Run, Test};
 use serde_json::json;
@@ -13,10 +11,19 @@ use crate::fake::{Answer, Fake, Input, Shim};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::common("n1_the_binary_has_the_runtimes_name", n1_the_binary_has_the_runtimes_name),
-    Test::common("s1_the_server_has_a_process_group_of_its_own", s1_the_server_has_a_process_group_of_its_own),
+    Test::common(
+        "s1_the_server_has_a_process_group_of_its_own",
+        s1_the_server_has_a_process_group_of_its_own,
+    ),
     Test::common("s2_bootstrap_parameters", s2_bootstrap_parameters),
-    Test::common("s2_bootstrap_parameters_choose_the_socket_dir", s2_bootstrap_parameters_choose_the_socket_dir),
-    Test::common("s2_options_as_any_are_no_bootstrap_parameters", s2_options_as_any_are_no_bootstrap_parameters),
+    Test::common(
+        "s2_bootstrap_parameters_choose_the_socket_dir",
+        s2_bootstrap_parameters_choose_the_socket_dir,
+    ),
+    Test::common(
+        "s2_options_as_any_are_no_bootstrap_parameters",
+        s2_options_as_any_are_no_bootstrap_parameters,
+    ),
     Test::common("s2_nothing_on_stdin", s2_nothing_on_stdin),
     Test::common("s2_parameters_of_another_shim_are_not_ours", s2_parameters_of_another_shim_are_not_ours),
     Test::common("s3_the_answer_never_reads_as_protobuf", s3_the_answer_never_reads_as_protobuf),
@@ -107,7 +114,10 @@ fn s2_nothing_on_stdin(t: &mut Context) -> Result<()> {
 
 fn s2_parameters_of_another_shim_are_not_ours(t: &mut Context) -> Result<()> {
     // An Any whose bytes also read as parameters, of a shim with another name.
-    let answer = answer_to(t, &Input::Options(Any { type_url: "d".into(), value: b"ns".to_vec(), ..Default::default() }))?;
+    let answer = answer_to(
+        t,
+        &Input::Options(Any { type_url: "d".into(), value: b"ns".to_vec(), ..Default::default() }),
+    )?;
     ensure!(answer.version == 2, "{answer:?}");
     Ok(())
 }
@@ -118,7 +128,13 @@ fn s3_the_answer_never_reads_as_protobuf(t: &mut Context) -> Result<()> {
         let bundle = fake.bundle(id, &json!({}))?;
         let output = fake.run_start(id, &bundle, &input)?.ok()?;
         fake.connect(&Answer::parse(&output)?.address)?.shutdown(id);
-        ensure!(BootstrapResult::parse_from_bytes(&output.stdout).is_err(), "containerd 2.3 reads it as protobuf\n{output}");
+        // '{' opens the protobuf group 15, which only '|' could close: no decoder gets to the end of it.
+        let opens = output.stdout.starts_with(b"{") && !output.stdout.contains(&b'|');
+        ensure!(
+            opens,
+            "containerd 2.3 could read it as protobuf
+{output}"
+        );
         ensure!(!output.stdout.ends_with(b"\n"), "containerd 2.2 does not trim\n{output}");
     }
     Ok(())
@@ -128,7 +144,12 @@ fn s4_start_writes_nothing_to_stderr(t: &mut Context) -> Result<()> {
     let fake = Fake::start(t)?;
     for (id, input) in [("c", Input::Bootstrap { socket_dir: None }), ("d", Input::Nothing)] {
         let bundle = fake.bundle(id, &json!({}))?;
-        let output = fake.start_command(id, &bundle, &input)?.env("RUST_LOG", "trace").env("RUST_BACKTRACE", "1").output()?.ok()?;
+        let output = fake
+            .start_command(id, &bundle, &input)?
+            .env("RUST_LOG", "trace")
+            .env("RUST_BACKTRACE", "1")
+            .output()?
+            .ok()?;
         fake.connect(&Answer::parse(&output)?.address)?.shutdown(id);
         ensure!(output.stderr.is_empty(), "{output}");
     }
@@ -172,7 +193,8 @@ fn s6_starts_at_once_share_one_server(t: &mut Context) -> Result<()> {
     }
     addresses.dedup();
     ensure!(addresses.len() == 1, "{addresses:?}");
-    let servers: Vec<_> = t.processes().into_iter().filter(|p| p.name.starts_with("containerd-shim")).collect();
+    let servers: Vec<_> =
+        t.processes().into_iter().filter(|p| p.name.starts_with("containerd-shim")).collect();
     ensure!(servers.len() == 1, "{servers:#?}");
     fake.connect(&addresses[0])?.shutdown("c");
     Ok(())
@@ -200,7 +222,8 @@ fn s7_containers_of_a_sandbox_share_a_server(t: &mut Context) -> Result<()> {
     };
     let pod = start("pod", json!({ "io.kubernetes.cri.sandbox-id": "pod" }))?;
     let member = start("c1", json!({ "io.kubernetes.cri.sandbox-id": "pod" }))?;
-    let grouped = start("c2", json!({ "io.containerd.runc.v2.group": "pod", "io.kubernetes.cri.sandbox-id": "x" }))?;
+    let grouped =
+        start("c2", json!({ "io.containerd.runc.v2.group": "pod", "io.kubernetes.cri.sandbox-id": "x" }))?;
     let alone = start("c3", json!({}))?;
     ensure!(pod == member && pod == grouped, "{pod} {member} {grouped}");
     ensure!(pod != alone, "a container without a sandbox is in one");
@@ -238,7 +261,9 @@ fn s9_the_parent_ends_and_holds_no_pipe(t: &mut Context) -> Result<()> {
     let output = fake.run_start("c", &bundle, &Input::Bootstrap { socket_dir: None })?.ok()?;
     let shim = fake.connect(&Answer::parse(&output)?.address)?;
     let pid = shim.connect_rpc("c")?.shim_pid;
-    let score = |pid: &str| -> Result<i32> { Ok(std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse()?) };
+    let score = |pid: &str| -> Result<i32> {
+        Ok(std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim().parse()?)
+    };
     let (ours, its) = (score("self")?, score(&pid.to_string())?);
     shim.shutdown("c");
     ensure!(!output.pipes_held, "the server holds the answer's pipe open: containerd would wait for ever");

@@ -149,16 +149,23 @@ fn t3_containers_of_a_pod_share_a_machine(t: &mut Context) -> Result<()> {
     ensure!(second.wait("c1", "")? == 137, "another status");
     second.delete("c1", "")?;
     second.shutdown("c1");
-    ensure!(shim.state("pod", "")?.status.value() == api::Status::RUNNING as i32, "the pod went with its container");
+    ensure!(
+        shim.state("pod", "")?.status.value() == api::Status::RUNNING as i32,
+        "the pod went with its container"
+    );
     shim.end("pod")
 }
 
 fn t4_shutdown_is_refused_while_tasks_remain(t: &mut Context) -> Result<()> {
-    with_running(t, |t| sleeper(t, "c"), |_, _, shim| {
-        shim.shutdown("c");
-        ensure!(shim.state("c", "")?.status.value() == api::Status::RUNNING as i32, "the task is gone");
-        Ok(())
-    })
+    with_running(
+        t,
+        |t| sleeper(t, "c"),
+        |_, _, shim| {
+            shim.shutdown("c");
+            ensure!(shim.state("c", "")?.status.value() == api::Status::RUNNING as i32, "the task is gone");
+            Ok(())
+        },
+    )
 }
 
 fn t4_shutdown_of_the_last_ends_the_shim(t: &mut Context) -> Result<()> {
@@ -188,12 +195,16 @@ fn t6_create_gives_a_pid_that_connect_repeats(t: &mut Context) -> Result<()> {
 }
 
 fn t6_create_under_a_taken_id(t: &mut Context) -> Result<()> {
-    with_running(t, |t| sleeper(t, "c"), |t, _, shim| {
-        let bundle = t.dir().join("b/c").display().to_string();
-        let request = api::CreateTaskRequest { id: "c".into(), bundle, ..Default::default() };
-        shim.refused("Create", &request, Code::ALREADY_EXISTS)?;
-        Ok(())
-    })
+    with_running(
+        t,
+        |t| sleeper(t, "c"),
+        |t, _, shim| {
+            let bundle = t.dir().join("b/c").display().to_string();
+            let request = api::CreateTaskRequest { id: "c".into(), bundle, ..Default::default() };
+            shim.refused("Create", &request, Code::ALREADY_EXISTS)?;
+            Ok(())
+        },
+    )
 }
 
 fn t6_a_failed_create_leaves_nothing(t: &mut Context) -> Result<()> {
@@ -239,7 +250,10 @@ fn t7_unknown_ids_are_not_found(t: &mut Context) -> Result<()> {
     };
     check("Exec", &exec)?;
     let resources = Any { value: b"{}".to_vec(), ..Default::default() };
-    check("Update", &api::UpdateTaskRequest { id: id(), resources: MessageField::some(resources), ..Default::default() })?;
+    check(
+        "Update",
+        &api::UpdateTaskRequest { id: id(), resources: MessageField::some(resources), ..Default::default() },
+    )?;
     shim.shutdown("c");
     Ok(())
 }
@@ -255,12 +269,20 @@ fn t7_connect_succeeds_for_an_unknown_id(t: &mut Context) -> Result<()> {
 }
 
 fn t8_pids_of_a_live_task(t: &mut Context) -> Result<()> {
-    with_running(t, |t| sleeper(t, "c"), |_, _, shim| {
-        let init = shim.connect_rpc("c")?.task_pid;
-        let pids: api::PidsResponse = shim.call("Pids", &api::PidsRequest { id: "c".into(), ..Default::default() })?;
-        ensure!(pids.processes.iter().any(|p| p.pid == init), "{init} is not among {:?}", pids.processes);
-        Ok(())
-    })
+    let script = "sleep 1000 & sleep 1000 & wait";
+    with_running(
+        t,
+        |t| t.spec("c", &["sh", "-c", script]),
+        |t, _, shim| {
+            // Its children may come a moment later: an exec that sees them is the sign.
+            output_of(t, shim, "c", "e", "until [ $(pidof sleep | wc -w) = 2 ]; do :; done")?;
+            let pids: api::PidsResponse =
+                shim.call("Pids", &api::PidsRequest { id: "c".into(), ..Default::default() })?;
+            ensure!(pids.processes.len() == 3, "three processes run: {:?}", pids.processes);
+            ensure!(pids.processes.iter().all(|p| p.pid > 0), "{:?}", pids.processes);
+            Ok(())
+        },
+    )
 }
 
 fn t9_state_tells_the_life(t: &mut Context) -> Result<()> {
@@ -318,31 +340,43 @@ fn t10_kill_after_exit_is_not_found(t: &mut Context) -> Result<()> {
     shim.create("c", &bundle)?;
     shim.start("c", "")?;
     ensure!(shim.wait("c", "")? == 0, "another status");
-    shim.refused("Kill", &api::KillRequest { id: "c".into(), signal: 9, ..Default::default() }, Code::NOT_FOUND)?;
+    shim.refused(
+        "Kill",
+        &api::KillRequest { id: "c".into(), signal: 9, ..Default::default() },
+        Code::NOT_FOUND,
+    )?;
     shim.delete("c", "")?;
     shim.shutdown("c");
     Ok(())
 }
 
 fn t10_delete_of_a_running_task_is_refused(t: &mut Context) -> Result<()> {
-    with_running(t, |t| sleeper(t, "c"), |_, _, shim| {
-        let request = api::DeleteRequest { id: "c".into(), ..Default::default() };
-        shim.refused("Delete", &request, Code::FAILED_PRECONDITION)?;
-        shim.exec("c", "e", &["sleep", "1000"])?;
-        shim.start("c", "e")?;
-        let request = api::DeleteRequest { id: "c".into(), exec_id: "e".into(), ..Default::default() };
-        shim.refused("Delete", &request, Code::FAILED_PRECONDITION)?;
-        Ok(())
-    })
+    with_running(
+        t,
+        |t| sleeper(t, "c"),
+        |_, _, shim| {
+            let request = api::DeleteRequest { id: "c".into(), ..Default::default() };
+            shim.refused("Delete", &request, Code::FAILED_PRECONDITION)?;
+            shim.exec("c", "e", &["sleep", "1000"])?;
+            shim.start("c", "e")?;
+            let request = api::DeleteRequest { id: "c".into(), exec_id: "e".into(), ..Default::default() };
+            shim.refused("Delete", &request, Code::FAILED_PRECONDITION)?;
+            Ok(())
+        },
+    )
 }
 
 fn t10_a_taken_exec_id(t: &mut Context) -> Result<()> {
-    with_running(t, |t| sleeper(t, "c"), |_, _, shim| {
-        shim.exec("c", "e", &["true"])?;
-        let again = shim.exec("c", "e", &["true"]).err().context("the id was taken twice")?;
-        ensure!(again.code == Code::ALREADY_EXISTS, "{again}");
-        Ok(())
-    })
+    with_running(
+        t,
+        |t| sleeper(t, "c"),
+        |_, _, shim| {
+            shim.exec("c", "e", &["true"])?;
+            let again = shim.exec("c", "e", &["true"]).err().context("the id was taken twice")?;
+            ensure!(again.code == Code::ALREADY_EXISTS, "{again}");
+            Ok(())
+        },
+    )
 }
 
 fn t10_exec_after_exit_is_refused(t: &mut Context) -> Result<()> {
@@ -397,54 +431,70 @@ fn t10_a_kill_during_create_is_answered(t: &mut Context) -> Result<()> {
 }
 
 fn stats(shim: &Shim) -> Result<Metrics> {
-    let response: api::StatsResponse = shim.call("Stats", &api::StatsRequest { id: "c".into(), ..Default::default() })?;
+    let response: api::StatsResponse =
+        shim.call("Stats", &api::StatsRequest { id: "c".into(), ..Default::default() })?;
     let any = response.stats.into_option().context("no figures")?;
     ensure!(any.type_url == "io.containerd.cgroups.v2.Metrics", "the type is {}", any.type_url);
     Ok(Metrics::parse_from_bytes(&any.value)?)
 }
 
 fn t11_stats_are_of_cgroups_v2(t: &mut Context) -> Result<()> {
-    with_running(t, |t| sleeper(t, "c"), |_, _, shim| {
-        let metrics = stats(shim)?;
-        ensure!(metrics.memory.usage > 0 && metrics.cpu.usage_usec > 0, "{metrics:?}");
-        ensure!(metrics.pids.current >= 1, "{metrics:?}");
-        Ok(())
-    })
+    with_running(
+        t,
+        |t| sleeper(t, "c"),
+        |_, _, shim| {
+            let metrics = stats(shim)?;
+            ensure!(metrics.memory.usage > 0 && metrics.cpu.usage_usec > 0, "{metrics:?}");
+            ensure!(metrics.pids.current >= 1, "{metrics:?}");
+            Ok(())
+        },
+    )
 }
 
 fn t12_update_changes_the_limits(t: &mut Context) -> Result<()> {
-    with_running(t, |t| sleeper(t, "c"), |_, _, shim| {
-        let resources = Any {
-            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
-            value: br#"{"memory":{"limit":83886080},"pids":{"limit":77}}"#.to_vec(),
-            ..Default::default()
-        };
-        let request = api::UpdateTaskRequest {
-            id: "c".into(),
-            resources: MessageField::some(resources),
-            ..Default::default()
-        };
-        shim.call::<api::Empty>("Update", &request)?;
-        let metrics = stats(shim)?;
-        ensure!(metrics.memory.usage_limit == 83_886_080, "{metrics:?}");
-        ensure!(metrics.pids.limit == 77, "{metrics:?}");
-        Ok(())
-    })
+    with_running(
+        t,
+        |t| sleeper(t, "c"),
+        |_, _, shim| {
+            let resources = Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+                value: br#"{"memory":{"limit":83886080},"pids":{"limit":77}}"#.to_vec(),
+                ..Default::default()
+            };
+            let request = api::UpdateTaskRequest {
+                id: "c".into(),
+                resources: MessageField::some(resources),
+                ..Default::default()
+            };
+            shim.call::<api::Empty>("Update", &request)?;
+            let metrics = stats(shim)?;
+            ensure!(metrics.memory.usage_limit == 83_886_080, "{metrics:?}");
+            ensure!(metrics.pids.limit == 77, "{metrics:?}");
+            Ok(())
+        },
+    )
 }
 
 fn t13_exit_status(t: &mut Context) -> Result<()> {
-    with_running(t, |t| sleeper(t, "c"), |_, _, shim| {
-        for (exec, script, status) in
-            [("a", "exit 0", 0), ("b", "exit 255", 255), ("c", "kill -TERM $$", 143), ("d", "kill -SEGV $$", 139)]
-        {
-            shim.exec("c", exec, &["sh", "-c", script])?;
-            shim.start("c", exec)?;
-            let got = shim.wait("c", exec)?;
-            ensure!(got == status, "{script:?} ended with {got}");
-            ensure!(shim.delete("c", exec)?.exit_status == status, "the deletion says something else");
-        }
-        Ok(())
-    })
+    with_running(
+        t,
+        |t| sleeper(t, "c"),
+        |_, _, shim| {
+            for (exec, script, status) in [
+                ("a", "exit 0", 0),
+                ("b", "exit 255", 255),
+                ("c", "kill -TERM $$", 143),
+                ("d", "kill -SEGV $$", 139),
+            ] {
+                shim.exec("c", exec, &["sh", "-c", script])?;
+                shim.start("c", exec)?;
+                let got = shim.wait("c", exec)?;
+                ensure!(got == status, "{script:?} ended with {got}");
+                ensure!(shim.delete("c", exec)?.exit_status == status, "the deletion says something else");
+            }
+            Ok(())
+        },
+    )
 }
 
 fn t13_a_machine_that_dies_is_no_success(t: &mut Context) -> Result<()> {
@@ -454,7 +504,9 @@ fn t13_a_machine_that_dies_is_no_success(t: &mut Context) -> Result<()> {
     shim.create("c", &bundle)?;
     shim.start("c", "")?;
     let machine = t.process("qemu-system-")?;
-    signal_process(machine.pid, Signal::KILL, |_| t.process("qemu-system-").is_ok_and(|p| p.pid == machine.pid))?;
+    signal_process(machine.pid, Signal::KILL, |_| {
+        t.process("qemu-system-").is_ok_and(|p| p.pid == machine.pid)
+    })?;
     let status = shim.wait("c", "")?;
     ensure!(status == 137 || status == 255, "the status is {status}");
     fake.wait_event(&format!("exit c {status}"), 10)?;

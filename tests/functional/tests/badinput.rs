@@ -1,7 +1,7 @@
 //! Wrong input: the user reads in ctr's own output what is wrong, and nothing is left.
 
 use anyhow::Result;
-use harness::{Context, Test};
+use harness::{Context, Output, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::common("badinput::command_not_in_the_image", command_not_in_the_image),
@@ -11,7 +11,26 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("badinput::mount_source_does_not_exist", mount_source_does_not_exist),
     Test::common("badinput::device_does_not_exist", device_does_not_exist),
     Test::common("badinput::exec_in_a_stopped_container", exec_in_a_stopped_container),
+    Test::bulkhead("badinput::config_unknown_key", OWN_CONFIG, config_unknown_key),
+    Test::bulkhead("badinput::config_wrong_type", OWN_CONFIG, config_wrong_type),
+    Test::bulkhead("badinput::config_missing_kernel", OWN_CONFIG, config_missing_kernel),
+    Test::bulkhead("badinput::config_missing_image", OWN_CONFIG, config_missing_image),
+    Test::bulkhead("badinput::config_missing_programs", OWN_CONFIG, config_missing_programs),
+    Test::bulkhead("badinput::host_without_qemu", OWN_CONFIG, host_without_qemu),
+    Test::bulkhead("badinput::kernel_that_does_not_boot", OWN_CONFIG, kernel_that_does_not_boot),
+    Test::bulkhead("badinput::memory_too_small_to_boot", OWN_CONFIG, memory_too_small_to_boot),
+    Test::bulkhead("badinput::annotation_not_allowed", OWN_CONFIG, annotation_not_allowed),
+    Test::bulkhead("badinput::annotation_allowed", OWN_CONFIG, annotation_allowed),
+    Test::bulkhead("badinput::host_network_is_refused", NO_HOST, host_network_is_refused),
+    Test::bulkhead("badinput::joining_a_namespace_is_refused", NO_HOST, joining_a_namespace_is_refused),
+    Test::bulkhead("badinput::block_device_is_refused", NO_HOST, block_device_is_refused),
+    Test::common("badinput::cwd_does_not_exist", cwd_does_not_exist),
+    Test::bulkhead("badinput::spec_without_process", "runc's shim panics on it", spec_without_process),
+    Test::bulkhead("badinput::spec_without_root", "runc's words differ", spec_without_root),
 ];
+
+const OWN_CONFIG: &str = "the configuration is bulkhead's own";
+const NO_HOST: &str = "runc can give a container what is the host's";
 
 fn command_not_in_the_image(t: &mut Context) -> Result<()> {
     let output = t.run_rm(&[], &["nope"])?.expect_failure()?;
@@ -35,9 +54,13 @@ fn command_is_not_a_program(t: &mut Context) -> Result<()> {
     Ok(())
 }
 
-/// ctr itself forgets the snapshot when it cannot make the specification.
+/// ctr itself forgets the snapshot when it cannot make the specification; containerd collects it in its
+/// own time, which may have come already.
 fn remove_snapshot(t: &Context) -> Result<()> {
-    t.ctr_ok(&["snapshot", "rm", "c"])?;
+    let output = t.ctr().args(["snapshot", "rm", "c"]).output()?;
+    if output.exit != harness::Exit::Code(0) {
+        output.expect_stderr(&["not found"])?;
+    }
     Ok(())
 }
 
@@ -65,4 +88,135 @@ fn exec_in_a_stopped_container(t: &mut Context) -> Result<()> {
     events.wait_exit("c", 30)?;
     t.exec("c", "e", &["true"]).output()?.expect_failure()?;
     t.remove("c")
+}
+
+/// `ctr run` of a container that would succeed; it must fail.
+fn refused(t: &Context, flags: &[&str]) -> Result<Output> {
+    t.run_rm(flags, &["true"])?.expect_failure()
+}
+
+fn config_path(t: &mut Context) -> String {
+    t.node().bulkhead_config().display().to_string()
+}
+
+fn config_unknown_key(t: &mut Context) -> Result<()> {
+    t.write_config("# one\n\n[hypervisor]\nkernal = \"/boot/vmlinux\"\n")?;
+    let place = format!("{}:4", config_path(t));
+    refused(t, &[])?.expect_stderr(&[&place, "hypervisor.kernal", "hypervisor.kernel`"])?;
+    Ok(())
+}
+
+fn config_wrong_type(t: &mut Context) -> Result<()> {
+    t.write_config("[sandbox]\nmemory_mib = \"plenty\"\n")?;
+    let place = format!("{}:2", config_path(t));
+    refused(t, &[])?.expect_stderr(&[&place, "sandbox.memory_mib", "number"])?;
+    Ok(())
+}
+
+fn config_missing_kernel(t: &mut Context) -> Result<()> {
+    t.set_config("hypervisor", "kernel", "/no/such/vmlinux".into())?;
+    refused(t, &[])?.expect_stderr(&["/no/such/vmlinux", "hypervisor.kernel"])?;
+    Ok(())
+}
+
+fn config_missing_image(t: &mut Context) -> Result<()> {
+    t.set_config("hypervisor", "image", "/no/such/guest.cpio".into())?;
+    refused(t, &[])?.expect_stderr(&["/no/such/guest.cpio", "hypervisor.image"])?;
+    Ok(())
+}
+
+fn config_missing_programs(t: &mut Context) -> Result<()> {
+    for key in ["virtiofsd", "vhost_device_vsock"] {
+        let path = format!("/no/such/{key}");
+        t.reset_config()?;
+        t.set_config("hypervisor", key, path.as_str().into())?;
+        refused(t, &[])?.expect_stderr(&[&path, &format!("hypervisor.{key}")])?;
+    }
+    Ok(())
+}
+
+fn host_without_qemu(t: &mut Context) -> Result<()> {
+    t.set_config("hypervisor", "qemu", "qemu-that-is-not-installed".into())?;
+    refused(t, &[])?.expect_stderr(&["qemu-that-is-not-installed", "hypervisor.qemu"])?;
+    Ok(())
+}
+
+/// A file that is no kernel: the machine ends or stays silent, and the user reads that it did not boot.
+fn kernel_that_does_not_boot(t: &mut Context) -> Result<()> {
+    let kernel = t.write("vmlinux", b"this is no kernel")?;
+    t.set_config("hypervisor", "kernel", kernel.display().to_string().into())?;
+    t.set_config("hypervisor", "boot_timeout_seconds", 5.into())?;
+    refused(t, &[])?.expect_stderr(&[&kernel.display().to_string()])?;
+    Ok(())
+}
+
+fn memory_too_small_to_boot(t: &mut Context) -> Result<()> {
+    t.set_config("sandbox", "memory_mib", 16.into())?;
+    t.set_config("sandbox", "memory_reserve_mib", 16.into())?;
+    // What there is, and what it takes.
+    refused(t, &[])?.expect_stderr(&["32 MiB", "at least", "MiB to boot"])?;
+    // A limit of the container's own with too small a reserve is no better.
+    t.reset_config()?;
+    t.set_config("sandbox", "memory_reserve_mib", 0.into())?;
+    refused(t, &["--memory-limit", "20971520"])?.expect_stderr(&[
+        "20 MiB",
+        "at least",
+        "MiB of memory to boot",
+    ])?;
+    Ok(())
+}
+
+fn annotation_not_allowed(t: &mut Context) -> Result<()> {
+    let output = refused(t, &["--annotation", "io.bulkhead.sandbox.memory_mib=512"])?;
+    output.expect_stderr(&["io.bulkhead.sandbox.memory_mib", "annotations.allowed"])?;
+    Ok(())
+}
+
+fn annotation_allowed(t: &mut Context) -> Result<()> {
+    let allowed = toml_list(&["sandbox.memory_mib"]);
+    t.set_config("annotations", "allowed", allowed)?;
+    let script = ["awk", "/MemTotal/{print int($2/1024)}", "/proc/meminfo"];
+    let flags = ["--annotation", "io.bulkhead.sandbox.memory_mib=384"];
+    let total: u64 = t.run_ok(&flags, &script)?.parse()?;
+    anyhow::ensure!((380..=512).contains(&total), "the guest has {total} MiB");
+    Ok(())
+}
+
+fn toml_list(words: &[&str]) -> harness::Toml {
+    harness::Toml::Array(words.iter().map(|w| (*w).into()).collect())
+}
+
+fn host_network_is_refused(t: &mut Context) -> Result<()> {
+    refused(t, &["--net-host"])?.expect_stderr(&["network", "not supported"])?;
+    Ok(())
+}
+
+fn joining_a_namespace_is_refused(t: &mut Context) -> Result<()> {
+    refused(t, &["--with-ns", "ipc:/proc/1/ns/ipc"])?.expect_stderr(&["/proc/1/ns/ipc", "not supported"])?;
+    Ok(())
+}
+
+fn block_device_is_refused(t: &mut Context) -> Result<()> {
+    refused(t, &["--device", "/dev/loop7"])?.expect_stderr(&["/dev/loop7", "not supported"])?;
+    Ok(())
+}
+
+/// As with runc, a directory that is missing is made; where it cannot be, that is said.
+fn cwd_does_not_exist(t: &mut Context) -> Result<()> {
+    let seen = t.run_ok(&["--cwd", "/made/for/you"], &["pwd"])?;
+    anyhow::ensure!(seen == "/made/for/you", "saw {seen:?}");
+    refused(t, &["--cwd", "/etc/passwd/below"])?.expect_stderr(&["/etc/passwd"])?;
+    Ok(())
+}
+
+fn spec_without_process(t: &mut Context) -> Result<()> {
+    let run = t.run_spec("c", &["true"], |spec| spec["process"] = serde_json::Value::Null)?;
+    run.output()?.expect_failure()?;
+    Ok(())
+}
+
+fn spec_without_root(t: &mut Context) -> Result<()> {
+    let run = t.run_spec("c", &["true"], |spec| spec["root"] = serde_json::Value::Null)?;
+    run.output()?.expect_failure()?.expect_stderr(&["root"])?;
+    Ok(())
 }

@@ -1,9 +1,10 @@
 //! Ends that nobody planned: programs killed at the worst time. Never a success, and nothing is left.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use harness::{Context, Test, signal_process, wait_for_exit};
+use harness::{Context, Test, Watcher, signal_process, wait_for_exit};
 use rustix::process::Signal;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -12,7 +13,33 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("ends::container_ends_while_containerd_is_away", container_ends_while_containerd_is_away),
     Test::common("ends::shim_killed_while_running", shim_killed_while_running),
     Test::common("ends::shim_killed_during_exec", shim_killed_during_exec),
+    Test::common("ends::shim_killed_before_create", shim_killed_before_create),
+    Test::common("ends::shim_killed_while_stopping", shim_killed_while_stopping),
+    Test::common("ends::containerd_killed_during_exec", containerd_killed_during_exec),
+    Test::bulkhead("ends::qemu_killed_while_running", HELPERS, |t| killed_while_running(t, QEMU)),
+    Test::bulkhead("ends::virtiofsd_killed_while_running", HELPERS, |t| killed_while_running(t, VIRTIOFSD)),
+    Test::bulkhead("ends::vsock_killed_while_running", HELPERS, |t| killed_while_running(t, VSOCK)),
+    Test::bulkhead("ends::qemu_killed_during_exec", HELPERS, |t| killed_during_exec(t, QEMU)),
+    Test::bulkhead("ends::virtiofsd_killed_during_exec", HELPERS, |t| killed_during_exec(t, VIRTIOFSD)),
+    Test::bulkhead("ends::vsock_killed_during_exec", HELPERS, |t| killed_during_exec(t, VSOCK)),
+    Test::bulkhead("ends::qemu_killed_while_stopping", HELPERS, |t| killed_while_stopping(t, QEMU)),
+    Test::bulkhead("ends::qemu_killed_during_boot", HELPERS, |t| killed_during_boot(t, "qemu", QEMU)),
+    Test::bulkhead("ends::virtiofsd_killed_during_boot", HELPERS, |t| {
+        killed_during_boot(t, "virtiofsd", VIRTIOFSD)
+    }),
+    Test::bulkhead("ends::vsock_killed_during_boot", HELPERS, |t| {
+        killed_during_boot(t, "vhost_device_vsock", VSOCK)
+    }),
+    Test::bulkhead("ends::shim_killed_during_boot", HELPERS, |t| killed_during_boot(t, "qemu", SHIM)),
+    Test::bulkhead("ends::containerd_killed_during_boot", HELPERS, containerd_killed_during_boot),
+    Test::bulkhead("ends::guest_panic", "runc has no guest", guest_panic),
 ];
+
+const HELPERS: &str = "runc has no such program";
+const SHIM: &str = "containerd-shim-";
+const QEMU: &str = "qemu-system-";
+const VIRTIOFSD: &str = "virtiofsd";
+const VSOCK: &str = "vhost-device-vsock";
 
 /// Kills the one process of the runtime whose name starts with `name`, and waits until it is gone.
 fn kill(t: &Context, name: &str) -> Result<()> {
@@ -23,8 +50,8 @@ fn kill(t: &Context, name: &str) -> Result<()> {
 }
 
 fn reachable(t: &Context, id: &str) -> Result<()> {
-    let seen = t.exec_ok(id, "echo reached")?;
-    ensure!(seen == "reached", "saw {seen:?}");
+    let output = t.exec(id, "reach", &["echo", "reached"]).output()?.ok()?;
+    ensure!(output.out() == "reached", "{output}");
     Ok(())
 }
 
@@ -97,4 +124,172 @@ fn shim_killed_during_exec(t: &mut Context) -> Result<()> {
     ensure!(output.took < Duration::from_secs(60), "{output}");
     t.ctr_ok(&["container", "delete", "c"])?;
     Ok(())
+}
+
+/// The exit status of something that ended by no will of its own.
+fn no_success(status: u64) -> Result<()> {
+    ensure!(status == 137 || status == 255, "the exit status is {status}");
+    Ok(())
+}
+
+/// As early as can be seen from outside: the shim's socket has just appeared.
+fn shim_killed_before_create(t: &mut Context) -> Result<()> {
+    let sockets = Path::new("/run/containerd/s");
+    std::fs::create_dir_all(sockets)?;
+    let appears = Watcher::new(sockets)?;
+    let run = t.run(&["--rm"], "c", &["true"]).spawn()?;
+    appears.wait(Duration::from_secs(30))?;
+    // The program may be the one that starts the server, or the server: both are the shim's.
+    let shims: Vec<_> = t.processes().into_iter().filter(|p| p.name.starts_with(SHIM)).collect();
+    for shim in shims {
+        let same = |pid| t.processes().iter().any(|p| p.pid == pid);
+        if let Ok(fd) = signal_process(shim.pid, Signal::KILL, same) {
+            wait_for_exit(&fd, Duration::from_secs(10))?;
+        }
+    }
+    // The kill may have come late enough for a container that runs for no time at all.
+    run.wait()?;
+    Ok(())
+}
+
+fn shim_killed_while_stopping(t: &mut Context) -> Result<()> {
+    killed_while_stopping(t, SHIM)
+}
+
+/// Killed between the request to stop and the end.
+fn killed_while_stopping(t: &mut Context, victim: &str) -> Result<()> {
+    let mut events = t.events()?;
+    let script = "trap 'while :; do :; done' TERM; echo up; while :; do sleep 1000 & wait; done";
+    let run = t.run(&[], "c", &["sh", "-c", script]).spawn()?;
+    run.wait_for_text("up")?;
+    t.ctr_ok(&["task", "kill", "c"])?;
+    kill(t, victim)?;
+    no_success(events.wait_exit("c", 60)?)?;
+    run.wait()?.expect_failure()?;
+    clean_up(t)
+}
+
+/// What a user does after a crash: both may find that it is done already.
+fn clean_up(t: &Context) -> Result<()> {
+    t.ctr().args(["task", "delete", "--force", "c"]).output()?;
+    let output = t.ctr().args(["container", "delete", "c"]).output()?;
+    if output.exit != harness::Exit::Code(0) {
+        output.expect_stderr(&["not found"])?;
+    }
+    Ok(())
+}
+
+fn containerd_killed_during_exec(t: &mut Context) -> Result<()> {
+    t.start_sleeper(&[], "c")?;
+    let exec = t.exec("c", "e", &["sh", "-c", "echo up; sleep 1000"]).spawn()?;
+    exec.wait_for_text("up")?;
+    t.node().kill()?;
+    exec.wait()?.expect_failure()?;
+    t.node().launch()?;
+    reachable(t, "c")?;
+    t.remove("c")
+}
+
+fn killed_while_running(t: &mut Context, victim: &str) -> Result<()> {
+    let mut events = t.events()?;
+    let run = t.run(&[], "c", &["sh", "-c", "echo up; sleep 1000"]).spawn()?;
+    run.wait_for_text("up")?;
+    kill(t, victim)?;
+    no_success(events.wait_exit("c", 60)?)?;
+    let output = run.wait()?;
+    ensure!([harness::Exit::Code(137), harness::Exit::Code(255)].contains(&output.exit), "{output}");
+    let log = t.log();
+    ensure!(
+        log.lines().any(|l| l.contains("level=error") && l.contains(victim.trim_end_matches("-system-"))),
+        "no error names it in the log:\n{log}"
+    );
+    clean_up(t)
+}
+
+fn killed_during_exec(t: &mut Context, victim: &str) -> Result<()> {
+    let mut events = t.events()?;
+    t.start_sleeper(&[], "c")?;
+    let exec = t.exec("c", "e", &["sh", "-c", "echo up; sleep 1000"]).spawn()?;
+    exec.wait_for_text("up")?;
+    kill(t, victim)?;
+    no_success(events.wait_exit("c", 60)?)?;
+    exec.wait()?.expect_failure()?;
+    clean_up(t)
+}
+
+/// Puts a doorkeeper before the program of `key`: it says its pid and waits until it is let through, so
+/// that the test knows the moment of the launch without guessing.
+fn doorkeeper(t: &mut Context, key: &str, program: &str) -> Result<(PathBuf, PathBuf)> {
+    let config: harness::Toml =
+        std::fs::read_to_string(t.node().bulkhead_config())?.parse::<harness::TomlTable>()?.into();
+    let named = config.get("hypervisor").and_then(|h| h.get(key)).and_then(|p| p.as_str());
+    let real = t.settings().program(named.unwrap_or(program))?;
+    let (here, go) = (t.dir().join("here"), t.dir().join("go"));
+    for fifo in [&here, &go] {
+        harness::Run::new("mkfifo").arg(fifo).output()?.ok()?;
+    }
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *version*) ;; *) echo $$ >{}; read x <{} ;; esac\nexec {} \"$@\"\n",
+        here.display(),
+        go.display(),
+        real.display()
+    );
+    let keeper = t.write(program, script)?;
+    harness::Run::new("chmod").arg("755").arg(&keeper).output()?.ok()?;
+    t.set_config("hypervisor", key, keeper.display().to_string().into())?;
+    Ok((here, go))
+}
+
+/// The container is on its way: `key`'s program has been launched and has not yet done anything.
+fn boot_to_the_door(t: &mut Context, key: &str) -> Result<(harness::Proc, u32, PathBuf)> {
+    let program = match key {
+        "qemu" => "qemu-system-x86_64",
+        "virtiofsd" => "virtiofsd",
+        _ => "vhost-device-vsock",
+    };
+    let (here, go) = doorkeeper(t, key, program)?;
+    let run = t.run(&[], "c", &["true"]).spawn()?;
+    let pid = harness::Run::new("cat").arg(&here).deadline(60).output()?.ok()?.out().parse()?;
+    Ok((run, pid, go))
+}
+
+fn killed_during_boot(t: &mut Context, key: &str, victim: &str) -> Result<()> {
+    let (run, pid, _) = boot_to_the_door(t, key)?;
+    if victim == SHIM {
+        kill(t, SHIM)?;
+    } else {
+        let fd = signal_process(pid, Signal::KILL, |pid| t.processes().iter().any(|p| p.pid == pid))?;
+        wait_for_exit(&fd, Duration::from_secs(10))?;
+    }
+    let output = run.wait()?.expect_failure()?;
+    if victim != SHIM {
+        output.expect_stderr(&[victim])?;
+    }
+    clean_up(t)
+}
+
+fn containerd_killed_during_boot(t: &mut Context) -> Result<()> {
+    let (run, _, go) = boot_to_the_door(t, "qemu")?;
+    t.node().kill()?;
+    run.wait()?.expect_failure()?;
+    std::fs::write(&go, "go\n")?;
+    t.node().launch()?;
+    clean_up(t)
+}
+
+fn guest_panic(t: &mut Context) -> Result<()> {
+    let mut events = t.events()?;
+    // The guest has no sysrq; a kernel that is told to panic when memory runs out needs no more than that.
+    let script =
+        "echo 2 > /proc/sys/vm/panic_on_oom && echo up && dd if=/dev/zero of=/dev/null bs=100M count=1";
+    let flags = ["--privileged", "--memory-limit", "67108864"];
+    let output = t.run(&flags, "c", &["sh", "-c", script]).output()?.expect_code(255)?;
+    ensure!(output.out() == "up", "{output}");
+    ensure!(events.wait_exit("c", 30)? == 255, "{output}");
+    let log = t.log();
+    ensure!(
+        log.lines().any(|l| l.contains("level=error") && l.contains("panic")),
+        "no word of it in the log:\n{log}"
+    );
+    clean_up(t)
 }

@@ -59,7 +59,9 @@ impl<'a> Context<'a> {
         }
         let snapshots = self.ctr().args(["snapshot", "ls"]).output()?.ok()?.out();
         let active = snapshots.lines().filter(|l| l.trim_end().ends_with("Active"));
-        left.extend(active.filter_map(|l| l.split_whitespace().next()).map(|k| format!("snapshot {k} in containerd")));
+        left.extend(
+            active.filter_map(|l| l.split_whitespace().next()).map(|k| format!("snapshot {k} in containerd")),
+        );
         Ok(())
     }
 
@@ -230,10 +232,13 @@ impl<'a> Context<'a> {
         leak::processes(self.node).into_iter().collect()
     }
 
-    /// The one process of the runtime whose program's name starts with `name`.
+    /// The one process of the runtime whose program's name starts with `name`. Copies of itself that it has
+    /// forked, to become other programs, do not count.
     pub fn process(&self, name: &str) -> Result<ProcessInfo> {
         let all = self.processes();
-        let mut found = all.iter().filter(|p| p.name.starts_with(name));
+        let named = |p: &&ProcessInfo| p.name.starts_with(name);
+        let forked = |p: &&ProcessInfo| all.iter().filter(named).any(|other| other.pid == p.parent);
+        let mut found = all.iter().filter(named).filter(|p| !forked(p));
         match (found.next(), found.next()) {
             (Some(one), None) => Ok(one.clone()),
             (Some(_), Some(_)) => bail!("more than one process is a {name}: {all:#?}"),
@@ -268,6 +273,11 @@ impl<'a> Context<'a> {
     pub fn write_config(&mut self, text: &str) -> Result<()> {
         self.changed_config = true;
         fs::write(self.node.bulkhead_config(), text).context("write bulkhead.toml")
+    }
+
+    /// Takes back what this test has changed in the shim's configuration.
+    pub fn reset_config(&mut self) -> Result<()> {
+        self.node.reset_bulkhead_config()
     }
 
     fn restore_config(&mut self) -> Result<()> {

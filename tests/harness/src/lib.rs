@@ -15,6 +15,7 @@ mod pty;
 mod runner;
 mod settings;
 mod spec;
+mod watch;
 
 pub use command::{Exit, Output, Proc, Run, signal_process, wait_for_exit};
 pub use context::Context;
@@ -25,3 +26,8 @@ pub use node::Node;
 pub use pty::Pty;
 pub use runner::{Scope, Test, run_suite, run_suite_without_containerd};
 pub use settings::{Runtime, Settings};
+/// The shim's configuration.
+pub use toml::Table as TomlTable;
+/// A value of the shim's configuration.
+pub use toml::Value as Toml;
+pub use watch::Watcher;

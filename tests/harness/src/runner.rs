@@ -103,7 +103,7 @@ impl Arguments {
 struct Report {
     passed: usize,
     skipped: usize,
-    failed: Vec<(&'static str, String)>,
+    failed: Vec<&'static str>,
 }
 
 /// Runs the tests that the command line asks for, each with a containerd at its side.
@@ -181,9 +181,6 @@ fn try_run(suite: &str, tests: &[Test], containerd: bool) -> Result<bool> {
     });
     std::fs::remove_dir(&root).ok();
     let report = shared.report.into_inner().unwrap_or_else(|e| e.into_inner());
-    for (name, why) in &report.failed {
-        println!("\n---- {name} ----\n{why}");
-    }
     println!(
         "\n{suite}: {} passed, {} failed, {} skipped in {:.0} s",
         report.passed,
@@ -191,7 +188,7 @@ fn try_run(suite: &str, tests: &[Test], containerd: bool) -> Result<bool> {
         report.skipped,
         started.elapsed().as_secs_f64()
     );
-    for (name, _) in &report.failed {
+    for name in &report.failed {
         println!("    failed: {name}");
     }
     Ok(report.failed.is_empty())
@@ -259,7 +256,21 @@ impl Shared {
         println!("test {name} ... {word} ({:.2} s)", took.as_secs_f64());
         match result {
             Ok(()) => report.passed += 1,
-            Err(e) => report.failed.push((name, e.chain().rev().map(|c| format!("{c}\n")).collect())),
+            Err(e) => {
+                // At once and whole, so that a run that is cut short has told what it knows.
+                let why: String = e
+                    .chain()
+                    .rev()
+                    .map(|c| {
+                        format!(
+                            "    {c}
+"
+                        )
+                    })
+                    .collect();
+                println!("{}", why.trim_end());
+                report.failed.push(name);
+            }
         }
     }
 }

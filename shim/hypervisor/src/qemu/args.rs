@@ -50,7 +50,11 @@ pub(super) fn qemu(shape: &Shape, bindings: &Bindings, wiring: &Wiring<'_>) -> V
     );
     args.pair("-accel", format!("tcg,thread=multi,tb-size={}", wiring.translation_buffer.0));
     args.pair("-cpu", wiring.cpu);
-    args.pair("-smp", shape.vcpus.to_string());
+    // Room for a second processor even where there is one: only then does the translator keep the guest's
+    // memory barriers and locked instructions (it asks max_cpus, not cpus). Without them the guest and the
+    // device programs, which do run in parallel, miss each other's last ring entry now and then, and a
+    // stream stands still for ever.
+    args.pair("-smp", format!("{},maxcpus={}", shape.vcpus, shape.vcpus.max(2)));
     args.pair("-m", format!("{}M", shape.memory.0));
     // Shared, for the helpers map the guest's memory too. Pages are taken when they are touched.
     args.pair("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", shape.memory.0));

@@ -49,7 +49,10 @@ pub const VIRTIOFSD: &str = "virtiofsd";
 /// The name of the program behind the vsock device.
 pub const VSOCK: &str = "vhost-device-vsock";
 
-/// The smallest memory with which a guest of ours boots.
+/// The smallest memory with which a machine is launched.
+///
+/// Measured with our kernel (21 MB) and agent (7 MB): 40 MiB are too little for the kernel to unpack
+/// its root file system, with 44 the guest says hello. The rest is for its first container to start.
 pub const MINIMUM_MEMORY: SizeMib = SizeMib(64);
 
 /// How long a helper may take until its sockets are there. It takes milliseconds; a host that swaps
@@ -70,7 +73,9 @@ pub struct QemuConfig {
     pub virtiofsd: PathBuf,
     /// `vhost-device-vsock`.
     pub vsock: PathBuf,
-    /// Most memory for translated code. QEMU's own default is far more than a pod needs.
+    /// Most memory for translated code, taken as it is filled: 27 MiB are when the guest has booted.
+    /// A buffer that is full is emptied, and all code translated anew: 16 MiB make the boot 10 %
+    /// longer. QEMU's own default is an eighth of the host's memory, up to 1 GiB, for each machine.
     pub translation_buffer: SizeMib,
 }
 
@@ -283,7 +288,6 @@ fn check(shape: &Shape, bindings: &Bindings) -> Result<(), LaunchError> {
             "each needs one".into(),
         );
     }
-    // The machine has 24 slots (virtio-mmio on its second interrupt controller's lines is ACPI's).
     let slots = 1 + usize::from(shape.share_tag.is_some()) + shape.blocks.len();
     if slots > MAX_DEVICES {
         return impossible(format!("a machine of {slots} devices"), format!("it has {MAX_DEVICES} slots"));
@@ -293,7 +297,7 @@ fn check(shape: &Shape, bindings: &Bindings) -> Result<(), LaunchError> {
 
 /// Processors of `microvm` at most.
 const MAX_VCPUS: u32 = 255;
-/// Devices of `microvm` at most.
+/// Devices of `microvm` at most: without ACPI it has eight virtio-mmio slots.
 const MAX_DEVICES: usize = 8;
 
 /// Opens every file that QEMU will open, so that an error names its role, and answers QEMU's driver
