@@ -1,8 +1,12 @@
 //! Processes of containers: streams, terminals, signals, ends.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
-use bulkhead_proto::agent::{ResizePtyRequest, event::Kind};
+use bulkhead_proto::agent::{ExecRequest, ResizePtyRequest, event::Kind};
+use futures::future::try_join_all;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -221,4 +225,59 @@ async fn many_execs_leave_nothing_behind() {
         assert_eq!((status, out.as_str()), (0, "x\n"));
     }
     println!("an exec takes {:?}", begin.elapsed() / ROUNDS);
+}
+
+#[tokio::test]
+#[ignore = "boots a machine"]
+async fn a_slow_reader_loses_nothing() {
+    let mut host = Host::start().await;
+    let root = host.vm.rootfs("c");
+    let (stdio, io) = host.stdio(false, false);
+    host.create("c", &spec(&root, &["seq", "1", "400000"]), stdio).await.unwrap();
+    host.start_container("c").await.unwrap();
+    // Nobody reads until every buffer on the way is full: the container's process must stand still, then go on.
+    let pids = || async { host.vm.client.pids(context(), &request("c")).await.unwrap().processes.len() };
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(pids().await, 1, "the process waits for its reader");
+    }
+    let (out, _) = host.talk(io, b"").await;
+    let expected: String = (1..=400000).map(|n| format!("{n}\n")).collect();
+    assert!(out == expected.as_bytes(), "{} bytes instead of {}", out.len(), expected.len());
+    assert_eq!(host.exit("c", "").await, 0);
+}
+
+#[tokio::test]
+#[ignore = "boots a machine"]
+async fn an_input_that_nobody_reads_is_closed() {
+    let mut host = Host::start().await;
+    sleeper(&mut host, "c").await;
+    let (stdio, io) = host.stdio(true, false);
+    host.exec("c", "e", &process(&["sh", "-c", "exec <&-; sleep 1000"]), stdio).await.unwrap();
+    let mut stdin = io.stdin.unwrap().await.unwrap();
+    let read = tokio::time::timeout(Duration::from_secs(30), stdin.read(&mut [0])).await;
+    assert!(matches!(read.expect("the agent closes it"), Ok(0) | Err(_)));
+}
+
+#[tokio::test]
+#[ignore = "boots a machine"]
+async fn many_execs_at_once_each_end_with_their_own_status() {
+    let mut host = Host::start().await;
+    sleeper(&mut host, "c").await;
+    let calls = (0..16).map(|n: u32| {
+        let request = ExecRequest {
+            container_id: "c".into(),
+            exec_id: format!("e{n}"),
+            process: process(&["sh", "-c", &format!("exit {n}")]).to_string().into_bytes(),
+            ..Default::default()
+        };
+        let client = host.vm.client.clone();
+        async move { client.exec(context(), &request).await.map(|answer| answer.pid) }
+    });
+    let pids: HashSet<_> = try_join_all(calls).await.unwrap().into_iter().collect();
+    assert_eq!(pids.len(), 16);
+    for n in 0..16 {
+        host.expect_from_start("c", &format!("e{n}"));
+        assert_eq!(host.exit("c", &format!("e{n}")).await, n);
+    }
 }
