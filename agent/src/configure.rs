@@ -52,7 +52,8 @@ pub(crate) fn apply(request: &ConfigureRequest) -> Result<ConfigureResponse> {
     if !request.share_tag.is_empty() {
         mount_share(&request.share_tag)?;
     }
-    let controllers = cgroup::controllers(Path::new(cgroup::ROOT)).doing(|| "read the cgroup controllers".into())?;
+    let controllers =
+        cgroup::controllers(Path::new(cgroup::ROOT)).doing(|| "read the cgroup controllers".into())?;
     Ok(ConfigureResponse { kernel_release: kernel_release(), controllers, ..Default::default() })
 }
 

@@ -12,7 +12,8 @@ use tracing::{
     field::{Field, Visit},
 };
 use tracing_subscriber::{
-    EnvFilter, Layer,
+    Layer,
+    filter::{LevelFilter, Targets},
     layer::{Context, SubscriberExt},
     util::SubscriberInitExt,
 };
@@ -35,7 +36,7 @@ pub(crate) fn init(cmdline: &str) {
                 .with_writer(std::io::stderr)
                 .with_ansi(false)
                 .without_time()
-                .with_filter(EnvFilter::new(directives(cmdline))),
+                .with_filter(filter(cmdline)),
         )
         .init();
 }
@@ -46,10 +47,16 @@ pub(crate) fn capture_into(fd: RawFd) {
 }
 
 /// What libcontainer finds worth an error is part of an answer, hence not repeated on the console.
-fn directives(cmdline: &str) -> String {
+fn filter(cmdline: &str) -> Targets {
+    let quiet = || {
+        Targets::new()
+            .with_default(Level::WARN)
+            .with_target("libcontainer", LevelFilter::OFF)
+            .with_target("libcgroups", LevelFilter::OFF)
+    };
     match cmdline.split_whitespace().find_map(|word| word.strip_prefix(KEY)) {
-        Some(level) => level.to_owned(),
-        None => "warn,libcontainer=off,libcgroups=off".to_owned(),
+        Some(level) => level.parse().unwrap_or_else(|_| quiet()),
+        None => quiet(),
     }
 }
 
@@ -96,7 +103,12 @@ mod tests {
 
     #[test]
     fn the_command_line_raises_the_level() {
-        assert_eq!(directives("console=ttyS0 bulkhead.log=debug panic=-1"), "debug");
-        assert!(directives("console=ttyS0 quiet").starts_with("warn,"));
+        let usual = filter("console=ttyS0 quiet");
+        assert!(usual.would_enable("bulkhead_agent", &Level::WARN));
+        assert!(!usual.would_enable("bulkhead_agent", &Level::INFO));
+        assert!(!usual.would_enable("libcontainer::tty", &Level::ERROR));
+        let raised = filter("console=ttyS0 bulkhead.log=debug panic=-1");
+        assert!(raised.would_enable("libcontainer::tty", &Level::DEBUG));
+        assert_eq!(filter("bulkhead.log=no,such=thing"), usual);
     }
 }

@@ -206,10 +206,10 @@ mod tests {
             reaper.begin(&key("c", ""));
             told.extend(reaper.launched(key("c", ""), 100));
             let mut steps: Vec<(usize, bool)> = Vec::new();
-            for exec in 0..execs {
+            for (exec, fails) in fails.iter().enumerate().take(execs) {
                 reaper.begin(&key("c", &format!("e{exec}")));
                 steps.push((exec, true));
-                if !fails[exec] {
+                if !fails {
                     steps.push((exec, false));
                 }
             }

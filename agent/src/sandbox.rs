@@ -10,6 +10,8 @@
 //!                                                 ▼ nothing
 //! ```
 
+mod ends;
+
 use std::{
     collections::HashMap,
     fs,
@@ -23,16 +25,15 @@ use bulkhead_proto::agent::{
     ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, GuestProcess, ResizePtyRequest,
     SignalRequest, Stdio, UpdateRequest,
 };
-use tokio::task::AbortHandle;
+use tokio::{sync::Notify, task::AbortHandle, time::timeout};
 
 use crate::{
-    cgroup::{self, Watch},
-    configure,
+    cgroup, configure,
     error::{Doing, Error, Result},
-    events::{Events, now_unix_nanos},
+    events::Events,
     launcher::{LastMile, LaunchError, Launched, Launcher, Size},
     netns,
-    reaper::{End, Key, Outcome, Reaper},
+    reaper::{Key, Reaper},
     spec::{self, Guest},
     stats,
     stdio::{self, Terminal},
@@ -46,6 +47,8 @@ pub(crate) struct Sandbox {
     launcher: Box<dyn Launcher>,
     events: Events,
     state: Mutex<State>,
+    /// Wakes those who wait for the end of a process.
+    ended: Notify,
 }
 
 #[derive(Default)]
@@ -98,7 +101,7 @@ impl Container {
 
 impl Sandbox {
     pub(crate) fn new(launcher: Box<dyn Launcher>, events: Events) -> Arc<Self> {
-        Arc::new(Self { launcher, events, state: Mutex::default() })
+        Arc::new(Self { launcher, events, state: Mutex::default(), ended: Notify::new() })
     }
 
     /// Makes the guest a sandbox; once.
@@ -131,13 +134,16 @@ impl Sandbox {
                 ipc_sysctls: &state.ipc_sysctls,
             };
             let create = spec::container(id, &request.spec, terminal_of(&request.stdio), &guest)?;
-            state.containers.insert(id.clone(), Container {
-                status: Status::Busy("being created"),
-                last_mile: create.last_mile.clone(),
-                processes: HashMap::new(),
-                oom_kills: 0,
-                oom_watch: None,
-            });
+            state.containers.insert(
+                id.clone(),
+                Container {
+                    status: Status::Busy("being created"),
+                    last_mile: create.last_mile.clone(),
+                    processes: HashMap::new(),
+                    oom_kills: 0,
+                    oom_watch: None,
+                },
+            );
             create
         };
         let key = (id.clone(), String::new());
@@ -372,7 +378,21 @@ impl Sandbox {
         let cgroup = cgroup::path(id);
         cgroup::kill(&cgroup).doing(|| format!("kill what is left of container {id}"))?;
         cgroup::emptied(&cgroup, DEADLINE).await.doing(|| format!("wait for the end of container {id}"))?;
+        timeout(DEADLINE, self.init_told(id)).await.doing(|| format!("reap the init of container {id}"))?;
         Ok(self.launcher.delete(id).await?)
+    }
+
+    /// Waits until the end of init has been told: a container of the same id may come after this one.
+    async fn init_told(&self, id: &str) {
+        loop {
+            let mut ended = std::pin::pin!(self.ended.notified());
+            // Listen first: the end must not slip between the look and the wait.
+            ended.as_mut().enable();
+            if !self.state().container(id).is_ok_and(|container| container.processes.contains_key("")) {
+                return;
+            }
+            ended.await;
+        }
     }
 
     /// Ends every container and writes everything out.
@@ -382,75 +402,6 @@ impl Sandbox {
         cgroup::emptied(all, DEADLINE).await.doing(|| "wait for the end of every container".into())?;
         nix::unistd::sync();
         Ok(())
-    }
-
-    /// Takes every ended child. Called for each SIGCHLD. Answers true if `vital` was among them.
-    pub(crate) fn reap(&self, vital: i32) -> bool {
-        let mut lost = false;
-        while let Some((pid, status)) = crate::sys::wait_any() {
-            lost |= pid == vital;
-            let end = End { status: crate::sys::exit_status(status), at_unix_nanos: now_unix_nanos() };
-            let outcomes = self.state().reaper.exited(pid, end);
-            self.follow(outcomes);
-        }
-        lost
-    }
-
-    fn follow(&self, outcomes: Vec<Outcome>) {
-        for outcome in outcomes {
-            match outcome {
-                Outcome::KillRest(id) => {
-                    if let Err(e) = cgroup::kill(&cgroup::path(&id)) {
-                        tracing::error!("kill what is left of container {id}: {e}");
-                    }
-                }
-                Outcome::Tell((id, exec), end) => self.tell_exit(&id, &exec, end),
-            }
-        }
-    }
-
-    fn tell_exit(&self, id: &str, exec: &str, end: End) {
-        // The kernel tells of an OOM kill by another way, which may be slower.
-        self.tell_oom(id);
-        if let Ok(container) = self.state().container(id) {
-            container.processes.remove(exec);
-            if exec.is_empty() && !matches!(container.status, Status::Busy(_)) {
-                container.status = Status::Stopped;
-            }
-        }
-        self.events.exit(id, exec, end.status, end.at_unix_nanos);
-    }
-
-    /// Follows the kernel's count of OOM kills in a container until it is deleted.
-    fn watch_oom(self: &Arc<Self>, id: &str) {
-        let watch = match Watch::new(&cgroup::path(id).join("memory.events")) {
-            Ok(watch) => watch,
-            // Without the memory controller there are no such kills.
-            Err(e) => return tracing::warn!("container {id}: watch memory.events: {e}"),
-        };
-        // What happened before the watch.
-        self.tell_oom(id);
-        let (sandbox, name) = (Arc::clone(self), id.to_owned());
-        let task = tokio::spawn(async move {
-            while watch.changed().await.is_ok() {
-                sandbox.tell_oom(&name);
-            }
-        });
-        match self.state().container(id) {
-            Ok(container) => container.oom_watch = Some(task.abort_handle()),
-            Err(_) => task.abort(),
-        }
-    }
-
-    fn tell_oom(&self, id: &str) {
-        let Ok(text) = fs::read_to_string(cgroup::path(id).join("memory.events")) else { return };
-        let kills = cgroup::flat_key(&text, "oom_kill").unwrap_or(0);
-        let mut state = self.state();
-        let Ok(container) = state.container(id) else { return };
-        if kills > container.oom_kills {
-            container.oom_kills = kills;
-            self.events.oom(id);
-        }
     }
 
     /// Reserves a container for an operation that takes time. Answers the state that it was in.
@@ -523,4 +474,3 @@ fn terminal_of(stdio: &Stdio) -> spec::Terminal {
 fn size(characters: u32) -> Result<u16> {
     characters.try_into().map_err(|_| Error::Invalid(format!("a terminal has no {characters} characters")))
 }
-

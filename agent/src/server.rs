@@ -57,9 +57,8 @@ pub(crate) async fn run(zygote: Zygote) -> anyhow::Result<()> {
     let connection = Connection { stream: host, hung_up: Arc::clone(&hung_up) };
     let one = futures::stream::once(async { io::Result::Ok(connection) });
     let service = Service { sandbox: Arc::clone(&sandbox), queue };
-    let mut server = Server::new()
-        .add_listener(Listener::new(one))
-        .register_service(create_agent(Arc::new(service)));
+    let mut server =
+        Server::new().add_listener(Listener::new(one)).register_service(create_agent(Arc::new(service)));
     server.start().await.context("serve the host")?;
     loop {
         tokio::select! {
@@ -93,7 +92,11 @@ struct Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
         match &result {

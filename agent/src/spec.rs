@@ -9,8 +9,8 @@ use std::{
 };
 
 use oci_spec::runtime::{
-    Hook, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
-    LinuxResources, LinuxSeccompAction, Process, Spec,
+    Hook, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder,
+    LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec,
 };
 
 use crate::{
@@ -52,6 +52,12 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     linux.set_seccomp(None);
 
     let devices = devices(&mut linux, guest)?;
+    refuse_sharing(&spec)?;
+    if let Some(propagation) = linux.rootfs_propagation() {
+        // libcontainer makes it recursive in any case, and knows the plain names only.
+        let plain = propagation.strip_prefix('r').unwrap_or(propagation).to_owned();
+        linux.set_rootfs_propagation(Some(plain).filter(|plain| !plain.is_empty()));
+    }
     linux.set_cgroups_path(Some(cgroup::oci_path(id)));
     linux.set_namespaces(Some(namespaces(linux.namespaces().as_deref().unwrap_or_default(), guest)?));
     add_sysctls(&mut linux, guest);
@@ -147,7 +153,8 @@ fn hooks(hooks: Option<&Hooks>) -> Result<Option<Hooks>> {
     ];
     for (name, hooks) in of_the_host {
         if let Some(hook) = hooks.iter().flatten().next() {
-            let reason = format!("{} is a program of the host, the guest cannot run it", hook.path().display());
+            let reason =
+                format!("{} is a program of the host, the guest cannot run it", hook.path().display());
             return Err(refuse(&format!("hooks.{name}"), reason));
         }
     }
@@ -173,7 +180,10 @@ fn namespaces(wanted: &[LinuxNamespace], guest: &Guest<'_>) -> Result<Vec<LinuxN
         match (typ, host_path) {
             (LinuxNamespaceType::Network | LinuxNamespaceType::Cgroup, _) => {}
             (LinuxNamespaceType::User, _) => {
-                return Err(refuse(&field, "user namespaces inside of the guest are not supported yet".into()));
+                return Err(refuse(
+                    &field,
+                    "user namespaces inside of the guest are not supported yet".into(),
+                ));
             }
             (_, Some(path)) => {
                 return Err(refuse(&field, format!("{} is a path of the host", path.display())));
@@ -221,6 +231,22 @@ fn devices(linux: &mut Linux, guest: &Guest<'_>) -> Result<Vec<oci_spec::runtime
     }
     linux.set_devices(Some(wanted));
     Ok(rules)
+}
+
+/// Mounts that a container makes cannot show on the host: the share has no way for them.
+fn refuse_sharing(spec: &Spec) -> Result<()> {
+    for mount in spec.mounts().iter().flatten() {
+        if let Some(option) =
+            mount.options().iter().flatten().find(|o| matches!(o.as_str(), "shared" | "rshared"))
+        {
+            let reason = format!(
+                "{option} at {}: mounts of the guest cannot reach the host",
+                mount.destination().display()
+            );
+            return Err(refuse("mounts", reason));
+        }
+    }
+    Ok(())
 }
 
 fn add_sysctls(linux: &mut Linux, guest: &Guest<'_>) {

@@ -53,7 +53,8 @@ fn a_container_moves_into_the_guest() {
     let create = adapt(&base()).unwrap();
     let linux = create.spec.linux().as_ref().unwrap();
     assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/bulkhead/c")));
-    let namespaces: Vec<_> = linux.namespaces().iter().flatten().map(|n| (n.typ(), n.path().clone())).collect();
+    let namespaces: Vec<_> =
+        linux.namespaces().iter().flatten().map(|n| (n.typ(), n.path().clone())).collect();
     assert_eq!(
         namespaces,
         [
@@ -94,12 +95,9 @@ fn an_exec_gets_the_filter_of_its_container() {
 
 #[test]
 fn what_is_missing_is_named() {
-    for (pointer, field) in [
-        ("/process", "process"),
-        ("/root", "root"),
-        ("/linux", "linux"),
-        ("/process/args", "process.args"),
-    ] {
+    for (pointer, field) in
+        [("/process", "process"), ("/root", "root"), ("/linux", "linux"), ("/process/args", "process.args")]
+    {
         assert_eq!(refusal(pointer, Value::Null), format!("{field}: missing in the specification"));
     }
 }
@@ -112,15 +110,28 @@ fn what_cannot_be_honoured_is_refused_by_name() {
         ("/process/cwd", json!("relative"), "process.cwd: "),
         ("/linux/mountLabel", json!("system_u:x"), "linux.mountLabel: "),
         ("/linux/intelRdt", json!({"closID": "x"}), "linux.intelRdt: "),
-        ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/s"}), "linux.seccomp: "),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/s"}),
+            "linux.seccomp: ",
+        ),
         ("/linux/resources/memory", json!({"swappiness": 10}), "linux.resources.memory.swappiness: "),
-        ("/linux/resources/memory", json!({"disableOOMKiller": true}), "linux.resources.memory.disableOOMKiller: "),
+        (
+            "/linux/resources/memory",
+            json!({"disableOOMKiller": true}),
+            "linux.resources.memory.disableOOMKiller: ",
+        ),
         ("/linux/resources/network", json!({"classID": 1}), "linux.resources.network: "),
         ("/linux/namespaces", json!([{"type": "user"}]), "linux.namespaces: user: "),
         ("/linux/namespaces", json!([{"type": "ipc", "path": "/proc/1/ns/ipc"}]), "linux.namespaces: ipc: "),
         ("/hooks", json!({"createRuntime": [{"path": "/host/hook"}]}), "hooks.createRuntime: /host/hook "),
         ("/hooks", json!({"poststop": [{"path": "/host/hook"}]}), "hooks.poststop: /host/hook "),
         ("/root", json!({"path": "rootfs"}), "root.path: "),
+        (
+            "/mounts",
+            json!([{"destination": "/m", "type": "bind", "options": ["rbind", "rshared"]}]),
+            "mounts: rshared at /m: ",
+        ),
     ];
     for (pointer, value, beginning) in cases {
         let said = refusal(pointer, value);
@@ -137,6 +148,16 @@ fn empty_labels_and_unconfined_are_no_wish() {
         ("/hooks", json!({"poststop": []})),
     ] {
         adapt(&with(pointer, value)).unwrap();
+    }
+}
+
+#[test]
+fn propagation_is_said_in_libcontainers_words() {
+    for (given, expected) in
+        [("rslave", "slave"), ("private", "private"), ("rshared", "shared"), ("runbindable", "unbindable")]
+    {
+        let create = adapt(&with("/linux/rootfsPropagation", json!(given))).unwrap();
+        assert_eq!(create.spec.linux().as_ref().unwrap().rootfs_propagation().as_deref(), Some(expected));
     }
 }
 

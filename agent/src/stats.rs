@@ -36,7 +36,8 @@ pub(crate) fn read(cgroup: &Path) -> io::Result<HashMap<String, Vec<u8>>> {
     let mut files = HashMap::new();
     for entry in fs::read_dir(cgroup)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        let huge = name.starts_with("hugetlb.") && (name.ends_with(".current") || name.ends_with(".max") || name.ends_with(".events"));
+        let huge = name.starts_with("hugetlb.")
+            && (name.ends_with(".current") || name.ends_with(".max") || name.ends_with(".events"));
         if huge || FILES.contains(&name.as_str()) {
             // Pressure files exist even where the kernel has pressure accounting switched off.
             if let Ok(content) = fs::read(cgroup.join(&name)) {
@@ -54,9 +55,12 @@ mod tests {
     #[test]
     fn files_come_as_they_are_and_others_stay() {
         let dir = tempfile::tempdir().unwrap();
-        for (name, text) in
-            [("memory.current", "42\n"), ("hugetlb.2MB.current", "0\n"), ("cgroup.kill", ""), ("hugetlb.2MB.numa_stat", "")]
-        {
+        for (name, text) in [
+            ("memory.current", "42\n"),
+            ("hugetlb.2MB.current", "0\n"),
+            ("cgroup.kill", ""),
+            ("hugetlb.2MB.numa_stat", ""),
+        ] {
             fs::write(dir.path().join(name), text).unwrap();
         }
         let files = read(dir.path()).unwrap();

@@ -99,7 +99,8 @@ impl Streams {
             };
             let (stdout_fd, stdout) = output(self.stdout.is_some())?;
             let (stderr_fd, stderr) = output(self.stderr.is_some())?;
-            let pumps = Pumps { streams: Streams { stdin: None, stdout: None, stderr: None }, stdin, stdout, stderr };
+            let pumps =
+                Pumps { streams: Streams { stdin: None, stdout: None, stderr: None }, stdin, stdout, stderr };
             Ok(([stdin_fd, stdout_fd, stderr_fd], pumps))
         };
         let (fds, mut pumps) = make().doing(|| "make the pipes of the process".into())?;
@@ -109,7 +110,11 @@ impl Streams {
 
     /// Starts pumping between the host and a terminal. The answer ends the pump of stdin, which would else
     /// wait for the host even when nobody is left to type to.
-    pub(crate) fn pump_terminal(self, master: OwnedFd, events: &Events) -> io::Result<(Terminal, AbortHandle)> {
+    pub(crate) fn pump_terminal(
+        self,
+        master: OwnedFd,
+        events: &Events,
+    ) -> io::Result<(Terminal, AbortHandle)> {
         let flags = OFlag::from_bits_retain(fcntl(&master, FcntlArg::F_GETFL)?);
         fcntl(&master, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         let terminal = Arc::new(crate::sys::register(master, Interest::READABLE | Interest::WRITABLE)?);
@@ -224,7 +229,11 @@ async fn pump_into_terminal(stream: Option<Stream>, to: Terminal) {
 struct TerminalReader(Terminal);
 
 impl AsyncRead for TerminalReader {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         loop {
             let mut guard = ready!(self.0.poll_read_ready(cx))?;
             let unfilled = buffer.initialize_unfilled();

@@ -94,17 +94,11 @@ impl Zygote {
 
     async fn registered(&self) -> io::Result<&AsyncFd<OwnedFd>> {
         self.registered
-            .get_or_try_init(|| async {
-                crate::sys::register(self.socket.try_clone()?, Interest::WRITABLE)
-            })
+            .get_or_try_init(|| async { crate::sys::register(self.socket.try_clone()?, Interest::WRITABLE) })
             .await
     }
 
-    async fn launch(
-        &self,
-        request: Request,
-        stdio: Option<[OwnedFd; 3]>,
-    ) -> Result<Launched, LaunchError> {
+    async fn launch(&self, request: Request, stdio: Option<[OwnedFd; 3]>) -> Result<Launched, LaunchError> {
         match self.ask(&request, stdio).await? {
             (Reply::Launched { pid }, terminal) => Ok(Launched { pid, terminal }),
             (reply, _) => Err(unexpected(reply)),

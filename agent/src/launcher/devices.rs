@@ -65,16 +65,18 @@ pub(super) fn restrict(cgroup: &Path, rules: &[LinuxDeviceCgroup]) -> Result<(),
 /// What every container gets, as runc has it: mknod, the harmless devices, terminals.
 pub(crate) fn defaults() -> Vec<LinuxDeviceCgroup> {
     let rule = |typ, major: Option<i64>, minor: Option<i64>, access: &str| {
-        let mut rule = LinuxDeviceCgroupBuilder::default().allow(true).typ(typ).access(access).build()
+        let mut rule = LinuxDeviceCgroupBuilder::default()
+            .allow(true)
+            .typ(typ)
+            .access(access)
+            .build()
             .expect("all fields have defaults");
         rule.set_major(major).set_minor(minor);
         rule
     };
     let c = LinuxDeviceType::C;
     let mut rules = vec![rule(c, None, None, "m"), rule(LinuxDeviceType::B, None, None, "m")];
-    for (major, minor) in
-        [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)]
-    {
+    for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)] {
         rules.push(rule(c, Some(major), Some(minor), "rwm"));
     }
     rules.push(rule(c, Some(136), None, "rwm"));
@@ -266,7 +268,13 @@ mod tests {
         }
     }
 
-    fn rule(allow: bool, typ: Option<LinuxDeviceType>, major: Option<i64>, minor: Option<i64>, letters: &str) -> LinuxDeviceCgroup {
+    fn rule(
+        allow: bool,
+        typ: Option<LinuxDeviceType>,
+        major: Option<i64>,
+        minor: Option<i64>,
+        letters: &str,
+    ) -> LinuxDeviceCgroup {
         let mut rule = LinuxDeviceCgroup::default();
         rule.set_allow(allow).set_typ(typ).set_major(major).set_minor(minor).set_access(Some(letters.into()));
         rule
@@ -296,7 +304,12 @@ mod tests {
 
     fn any_rule() -> impl Strategy<Value = LinuxDeviceCgroup> {
         let number = || prop::option::of(-1i64..3);
-        let kind = prop::sample::select(vec![None, Some(LinuxDeviceType::B), Some(LinuxDeviceType::C), Some(LinuxDeviceType::A)]);
+        let kind = prop::sample::select(vec![
+            None,
+            Some(LinuxDeviceType::B),
+            Some(LinuxDeviceType::C),
+            Some(LinuxDeviceType::A),
+        ]);
         (any::<bool>(), kind, number(), number(), "r?w?m?").prop_map(|(a, k, x, y, l)| rule(a, k, x, y, &l))
     }
 

@@ -106,7 +106,9 @@ impl LastMileExecutor {
         let c_strings = |texts: &[String]| -> Result<Vec<CString>, String> {
             texts
                 .iter()
-                .map(|text| CString::new(text.as_bytes()).map_err(|_| format!("{text:?} contains a NUL byte")))
+                .map(|text| {
+                    CString::new(text.as_bytes()).map_err(|_| format!("{text:?} contains a NUL byte"))
+                })
                 .collect()
         };
         let args = c_strings(&todo.args)?;
@@ -286,11 +288,17 @@ mod tests {
 
     #[test]
     fn a_missing_command_is_named_as_runc_names_it() {
-        assert_eq!(message(&["nope"], "/bin:/usr/bin"), r#"exec: "nope": executable file not found in $PATH"#);
+        assert_eq!(
+            message(&["nope"], "/bin:/usr/bin"),
+            r#"exec: "nope": executable file not found in $PATH"#
+        );
         assert_eq!(message(&["/x"], "/bin"), r#"exec: "/x": stat /x: no such file or directory"#);
         assert_eq!(message(&["/etc/passwd"], "/bin"), r#"exec: "/etc/passwd": permission denied"#);
         assert_eq!(message(&["/etc"], "/bin"), r#"exec: "/etc": is a directory"#);
-        assert_eq!(message(&["/etc/passwd/x"], "/bin"), r#"exec: "/etc/passwd/x": stat /etc/passwd/x: not a directory"#);
+        assert_eq!(
+            message(&["/etc/passwd/x"], "/bin"),
+            r#"exec: "/etc/passwd/x": stat /etc/passwd/x: not a directory"#
+        );
         assert_eq!(message(&[""], "/bin"), r#"exec: "": executable file not found in $PATH"#);
         assert_eq!(message(&["sh"], ""), r#"exec: "sh": executable file not found in $PATH"#);
     }

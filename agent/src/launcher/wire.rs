@@ -34,12 +34,8 @@ pub(super) fn recv_fds(socket: BorrowedFd<'_>) -> io::Result<Option<Vec<OwnedFd>
     let mut byte = [0];
     let mut space = nix::cmsg_space!([RawFd; FDS_MAX]);
     let mut iov = [IoSliceMut::new(&mut byte)];
-    let message = recvmsg::<UnixAddr>(
-        socket.as_raw_fd(),
-        &mut iov,
-        Some(&mut space),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
+    let message =
+        recvmsg::<UnixAddr>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
     let mut fds = Vec::new();
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(received) = control {

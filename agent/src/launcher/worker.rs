@@ -115,13 +115,30 @@ fn exec_process(exec: Exec, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedFd>
     let path = bundle(&exec.id).join(format!("process-{}.json", process::id()));
     let process = serde_json::to_vec(&exec.process).map_err(|e| format!("write the process: {e}"))?;
     fs::write(&path, process).map_err(doing("write", &path))?;
+    let cgroup = cgroup_of_init(&exec.id)?;
     let result = launch(&exec.id, exec.last_mile, stdio, |builder| {
-        let pid = builder.as_tenant().with_detach(true).with_process(Some(&path)).build()?;
+        let tenant = builder.as_tenant().with_detach(true).with_process(Some(&path)).with_sub_cgroup(cgroup);
+        let pid = tenant.build()?;
         Ok(Some(pid.as_raw()))
     });
     let _ = fs::remove_file(&path);
     sweep(&state, lock);
     result
+}
+
+/// Where init is, below the container's cgroup: one that has moved itself and shares out its controllers (as
+/// systemd does) leaves a cgroup that takes no process any more.
+fn cgroup_of_init(id: &str) -> Result<Option<String>, String> {
+    let Some(pid) = load(id)?.pid() else { return Ok(None) };
+    let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
+    let text = fs::read_to_string(&path).map_err(doing("read", &path))?;
+    Ok(sub_cgroup(&text, &cgroup::oci_path(id)))
+}
+
+fn sub_cgroup(proc_cgroup: &str, own: &Path) -> Option<String> {
+    let path = proc_cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let below = Path::new(path).strip_prefix(own).ok()?;
+    (!below.as_os_str().is_empty()).then(|| below.to_string_lossy().into_owned())
 }
 
 /// Builds a process with what both kinds have in common, and turns each failure into one text.
@@ -175,8 +192,13 @@ fn reason(ours: String, chain: &str, log: &str) -> String {
         chain = rest.trim_start();
     }
     let first = log.lines().next().filter(|first| !chain.contains(first));
-    let cause = kernel_said(log).filter(|cause| !chain.contains(cause) && !first.unwrap_or("").contains(cause));
-    [Some(chain.to_owned()), first.map(str::to_owned), cause].into_iter().flatten().collect::<Vec<_>>().join(": ")
+    let cause =
+        kernel_said(log).filter(|cause| !chain.contains(cause) && !first.unwrap_or("").contains(cause));
+    [Some(chain.to_owned()), first.map(str::to_owned), cause]
+        .into_iter()
+        .flatten()
+        .collect::<Vec<_>>()
+        .join(": ")
 }
 
 /// What libcontainer puts before an error for the way it took, which helps nobody.
@@ -266,17 +288,20 @@ fn update(id: &str, resources: &LinuxResources) -> Result<(), String> {
 }
 
 fn delete(id: &str) -> Result<(), String> {
-    if state_root().join(id).exists() {
+    // A container may have made cgroups below its own, which libcontainer does not expect.
+    let cgroup = cgroup::path(id);
+    cgroup::remove(&cgroup).map_err(doing("remove", &cgroup))?;
+    let state = state_root().join(id);
+    if state.exists() {
         load(id)?.delete(true).map_err(|e| chain(&e))?;
     }
-    for dir in [bundle(id), state_root().join(id)] {
+    for dir in [bundle(id), state] {
         match fs::remove_dir_all(&dir) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(doing("remove", &dir)(e)),
             _ => {}
         }
     }
-    let cgroup = cgroup::path(id);
-    if cgroup.exists() { cgroup::remove(&cgroup).map_err(doing("remove", &cgroup)) } else { Ok(()) }
+    Ok(())
 }
 
 fn load(id: &str) -> Result<Container, String> {
@@ -393,17 +418,32 @@ mod tests {
 
     #[test]
     fn a_chain_says_each_cause_once() {
-        assert_eq!(chain(&layers(&["create: mount", "mount", "no such device"])), "create: mount: no such device");
+        assert_eq!(
+            chain(&layers(&["create: mount", "mount", "no such device"])),
+            "create: mount: no such device"
+        );
     }
 
     #[test]
     fn our_own_words_come_first_then_the_deepest_complaint() {
         assert_eq!(reason("exec: nope".into(), "chain", "log"), "exec: nope");
-        assert_eq!(reason(String::new(), "prepare", "mount x\nerr=Mount(Nix(ENODEV))"), "prepare: mount x: no such device");
-        let prefixed = "failed to create container: exec process failed with error error in executing process : why";
+        assert_eq!(
+            reason(String::new(), "prepare", "mount x\nerr=Mount(Nix(ENODEV))"),
+            "prepare: mount x: no such device"
+        );
+        let prefixed =
+            "failed to create container: exec process failed with error error in executing process : why";
         assert_eq!(reason(String::new(), prefixed, ""), "why");
         assert_eq!(reason(String::new(), "all ENOENT", "ENOENT"), "all ENOENT");
         assert_eq!(reason(String::new(), "chain", ""), "chain");
+    }
+
+    #[test]
+    fn an_init_that_has_moved_is_found() {
+        let own = Path::new("/bulkhead/c");
+        assert_eq!(sub_cgroup("0::/bulkhead/c\n", own), None);
+        assert_eq!(sub_cgroup("0::/bulkhead/c/init.scope\n", own).as_deref(), Some("init.scope"));
+        assert_eq!(sub_cgroup("0::/elsewhere\n", own), None);
     }
 
     #[test]

@@ -10,15 +10,15 @@ use std::{
 use bulkhead_proto::{
     SHARE_TAG,
     agent::{
-        ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, EventsRequest, ExecRequest,
-        SignalRequest, Stdio, event::Kind,
+        ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, EventsRequest,
+        ExecRequest, SignalRequest, Stdio, event::Kind,
     },
     stream::{STREAM_PREFACE_LEN, Token, decode_stream},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
     process::Child,
     sync::{oneshot, watch},
@@ -106,7 +106,11 @@ impl Host {
         let answer = host.configure().await.unwrap();
         assert_eq!(answer.kernel_release, host.vm.hello.kernel);
         for controller in ["cpu", "memory", "pids"] {
-            assert!(answer.controllers.iter().any(|c| c == controller), "{controller}: {:?}", answer.controllers);
+            assert!(
+                answer.controllers.iter().any(|c| c == controller),
+                "{controller}: {:?}",
+                answer.controllers
+            );
         }
         host
     }
@@ -129,7 +133,8 @@ impl Host {
             hostname: "pod".into(),
             time_unix_nanos: now.as_nanos() as u64,
             seed: vec![7; 32],
-            sysctls: [("net.core.somaxconn".into(), "321".into()), ("kernel.shmmni".into(), "123".into())].into(),
+            sysctls: [("net.core.somaxconn".into(), "321".into()), ("kernel.shmmni".into(), "123".into())]
+                .into(),
             share_tag: SHARE_TAG.into(),
             ..Default::default()
         };
@@ -147,7 +152,9 @@ impl Host {
         };
         let stdin = stdin.then(&mut expect);
         let outputs = [Some(expect()), (!terminal).then(&mut expect)];
-        let bytes = |stream: &Option<(Token, _)>| stream.as_ref().map(|(token, _)| token.0.to_vec()).unwrap_or_default();
+        let bytes = |stream: &Option<(Token, _)>| {
+            stream.as_ref().map(|(token, _)| token.0.to_vec()).unwrap_or_default()
+        };
         let stdio = Stdio {
             terminal,
             stdin_token: bytes(&stdin),
@@ -169,11 +176,18 @@ impl Host {
         };
         self.since.insert((id.into(), String::new()), self.events.borrow().len());
         let client = self.vm.client.clone();
-        let answer = self.with_streams(async move { client.create_container(context(), &request).await }).await?;
+        let answer =
+            self.with_streams(async move { client.create_container(context(), &request).await }).await?;
         Ok(answer.pid)
     }
 
-    pub(crate) async fn exec(&mut self, id: &str, exec_id: &str, process: &Value, stdio: Stdio) -> ttrpc::Result<u32> {
+    pub(crate) async fn exec(
+        &mut self,
+        id: &str,
+        exec_id: &str,
+        process: &Value,
+        stdio: Stdio,
+    ) -> ttrpc::Result<u32> {
         let request = ExecRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
@@ -240,7 +254,12 @@ impl Host {
     }
 
     /// Runs a further process to its end: exit status, stdout, stderr.
-    pub(crate) async fn run_exec(&mut self, id: &str, exec_id: &str, process: &Value) -> (u32, String, String) {
+    pub(crate) async fn run_exec(
+        &mut self,
+        id: &str,
+        exec_id: &str,
+        process: &Value,
+    ) -> (u32, String, String) {
         let (stdio, io) = self.stdio(false, false);
         self.exec(id, exec_id, process, stdio).await.unwrap();
         let (out, err) = self.talk(io, b"").await;
@@ -260,6 +279,13 @@ impl Host {
         };
         let (out, err, ()) = tokio::join!(self.read_all(out), self.read_all(err), write);
         (out, err)
+    }
+
+    /// Reads stdout up to the first end of a line.
+    pub(crate) async fn first_line(&self, io: Io) -> String {
+        let [out, _] = io.outputs;
+        let mut lines = BufReader::new(out.unwrap().1.await.unwrap()).lines();
+        timeout(DEADLINE, lines.next_line()).await.expect("a line").unwrap().unwrap()
     }
 
     /// Connections of a terminal: one to write to, one to read from.
@@ -297,7 +323,17 @@ impl Host {
         };
         let mut events = self.events.clone();
         let all = timeout(DEADLINE, events.wait_for(|all| find(all).is_some())).await;
-        find(&all.unwrap_or_else(|_| panic!("{id} {exec_id} has not ended; told {:?}; console:\n{}", self.events(), self.vm.console())).unwrap()).unwrap()
+        find(
+            &all.unwrap_or_else(|_| {
+                panic!(
+                    "{id} {exec_id} has not ended; told {:?}; console:\n{}",
+                    self.events(),
+                    self.vm.console()
+                )
+            })
+            .unwrap(),
+        )
+        .unwrap()
     }
 
     /// Closes the control connection; the machine remains to be waited for.

@@ -39,7 +39,14 @@ async fn the_guest_is_what_configure_says() {
     assert!(again.to_string().contains("configured already"), "{again}");
 
     let root = host.vm.rootfs("c");
-    let mut plain = spec(&root, &["sh", "-c", "hostname; cat /proc/sys/net/core/somaxconn /proc/sys/kernel/shmmni; date +%s; ip -o addr show lo"]);
+    let mut plain = spec(
+        &root,
+        &[
+            "sh",
+            "-c",
+            "hostname; cat /proc/sys/net/core/somaxconn /proc/sys/kernel/shmmni; date +%s; ip -o addr show lo",
+        ],
+    );
     plain["hostname"] = serde_json::Value::Null;
     let (status, out, err) = host.run("c", &plain, b"").await;
     let lines: Vec<_> = out.lines().collect();
@@ -56,7 +63,7 @@ async fn the_agent_is_small() {
     let mut host = Host::start().await;
     let root = host.vm.rootfs("c");
     // Without a pid namespace of its own a container sees the guest's processes.
-    let script = "for p in 1 $(pidof bulkhead-zygote); do grep -E '^(Name|VmRSS|RssAnon|RssFile|RssShmem|Threads):' /proc/$p/status; done; free -k; sleep 1000 &";
+    let script = "for p in 1 $(grep -l zygote /proc/[0-9]*/comm | cut -d/ -f3); do grep -E '^(Name|VmRSS|RssAnon|RssFile|RssShmem|Threads):' /proc/$p/status; done; free -k; sleep 1000 &";
     let mut spec = spec(&root, &["sh", "-c", script]);
     let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
     namespaces.retain(|namespace| namespace["type"] != "pid");
@@ -91,4 +98,22 @@ async fn shutdown_ends_every_container() {
     }
     host.vm.client.shutdown(context(), &Default::default()).await.unwrap();
     assert_eq!((host.exit("a", "").await, host.exit("b", "").await), (137, 137));
+}
+
+#[tokio::test]
+#[ignore = "boots a machine"]
+async fn the_loss_of_the_launcher_ends_the_machine_visibly() {
+    let mut host = Host::start().await;
+    let root = host.vm.rootfs("c");
+    // Without a pid namespace of its own, and with CAP_KILL, a container can end what is the agent's.
+    let script = "kill -9 $(grep -l zygote /proc/[0-9]*/comm | cut -d/ -f3)";
+    let mut spec = spec(&root, &["sh", "-c", script]);
+    spec["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
+    let (stdio, _io) = host.stdio(false, false);
+    host.create("c", &spec, stdio).await.unwrap();
+    let _ = host.start_container("c").await;
+    let ended = tokio::time::timeout(Duration::from_secs(60), host.vm.qemu.wait()).await;
+    ended.expect("the machine ends by itself").unwrap();
+    let console = host.vm.console();
+    assert!(console.contains("bulkhead-agent: the launcher has ended"), "{console}");
 }

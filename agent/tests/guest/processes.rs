@@ -63,7 +63,10 @@ async fn execs_run_with_the_users_rights() {
     let fields: Vec<_> = out.split_whitespace().collect();
     assert_eq!(fields[..4], ["1000", "1000", "/home/user", "/"]);
     // A user other than root keeps no capability over execve; the bounding set is the specification's.
-    assert_eq!(fields[4..12], ["CapEff:", "0000000000000000", "CapBnd:", "00000000000000eb", "NoNewPrivs:", "1", "Seccomp:", "0"]);
+    assert_eq!(
+        fields[4..12],
+        ["CapEff:", "0000000000000000", "CapBnd:", "00000000000000eb", "NoNewPrivs:", "1", "Seccomp:", "0"]
+    );
     assert_eq!(fields[12], "again");
 
     // The id can be used again, and is visible while it runs.

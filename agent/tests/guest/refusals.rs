@@ -24,12 +24,28 @@ async fn a_create_that_fails_says_why_and_leaves_nothing() {
         ("/process/args", json!(["/etc/passwd"]), r#"exec: "/etc/passwd": permission denied"#),
         ("/process/args", json!([]), "process.args: missing in the specification"),
         ("/process/cwd", json!("/etc/passwd/x"), "mkdir /etc/passwd/x: not a directory"),
-        ("/process/cwd", json!("/etc/passwd"), r#"chdir to cwd ("/etc/passwd") set in config.json failed: not a directory"#),
-        ("/root/path", json!("/run/bulkhead/share/none"), "root /run/bulkhead/share/none: no such file or directory"),
-        ("/process/apparmorProfile", json!("docker-default"), r#"process.apparmorProfile: the guest has no profile "docker-default""#),
+        (
+            "/process/cwd",
+            json!("/etc/passwd"),
+            r#"chdir to cwd ("/etc/passwd") set in config.json failed: not a directory"#,
+        ),
+        (
+            "/root/path",
+            json!("/run/bulkhead/share/none"),
+            "root /run/bulkhead/share/none: no such file or directory",
+        ),
+        (
+            "/process/apparmorProfile",
+            json!("docker-default"),
+            r#"process.apparmorProfile: the guest has no profile "docker-default""#,
+        ),
         ("/linux/sysctl", json!({"kernel.panic": "1"}), "sysctl"),
         ("/linux/resources", json!({"memory": {"limit": -7}}), "cgroup error: invalid memory value -7"),
-        ("/mounts", json!([{"destination": "/a", "type": "bind", "source": "/none", "options": ["bind"]}]), "mount at /a: source /none: no such file or directory"),
+        (
+            "/mounts",
+            json!([{"destination": "/a", "type": "bind", "source": "/none", "options": ["bind"]}]),
+            "mount at /a: source /none: no such file or directory",
+        ),
     ];
     for (pointer, value, expected) in cases {
         let mut spec = spec(&root, &["true"]);
@@ -40,7 +56,10 @@ async fn a_create_that_fails_says_why_and_leaves_nothing() {
         assert!(said.contains(expected), "{said}");
     }
     let mut spec = spec(&root, &["true"]);
-    spec["mounts"].as_array_mut().unwrap().push(json!({"destination": "/a", "type": "nofs", "source": "none"}));
+    spec["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"destination": "/a", "type": "nofs", "source": "none"}));
     let said = refused(&mut host, "c", &spec).await;
     println!("mount: {said}");
     assert_eq!(said, r#"mount at /a: the guest has no file system of type "nofs""#);
@@ -52,7 +71,10 @@ async fn a_create_that_fails_says_why_and_leaves_nothing() {
     // The id is free again.
     spec["mounts"].as_array_mut().unwrap().pop();
     assert_eq!(host.run("c", &spec, b"").await.0, 0);
-    assert!(host.events().iter().filter(|e| matches!(e, bulkhead_proto::agent::event::Kind::Exit(_))).count() == 1);
+    assert!(
+        host.events().iter().filter(|e| matches!(e, bulkhead_proto::agent::event::Kind::Exit(_))).count()
+            == 1
+    );
 }
 
 #[tokio::test]
@@ -64,12 +86,19 @@ async fn an_exec_that_fails_says_why() {
     host.create("c", &spec(&root, &["sleep", "1000"]), stdio).await.unwrap();
     host.start_container("c").await.unwrap();
     std::fs::write(host.vm.share.join("c/rootfs/bin/garbage"), "\x7fELFgarbage").unwrap();
-    let status = std::process::Command::new("chmod").arg("755").arg(host.vm.share.join("c/rootfs/bin/garbage")).status();
+    let status = std::process::Command::new("chmod")
+        .arg("755")
+        .arg(host.vm.share.join("c/rootfs/bin/garbage"))
+        .status();
     assert!(status.unwrap().success());
     for (args, cwd, expected) in [
         (vec!["nope"], "/", r#"exec: "nope": executable file not found in $PATH"#),
         (vec!["/etc"], "/", r#"exec: "/etc": is a directory"#),
-        (vec!["true"], "/none", r#"chdir to cwd ("/none") set in config.json failed: no such file or directory"#),
+        (
+            vec!["true"],
+            "/none",
+            r#"chdir to cwd ("/none") set in config.json failed: no such file or directory"#,
+        ),
         (vec!["garbage"], "/", "exec /bin/garbage: exec format error"),
     ] {
         let mut process = spec("/", &args)["process"].clone();
@@ -83,7 +112,8 @@ async fn an_exec_that_fails_says_why() {
     }
     // As an init it has been created, so it ends with a status.
     let root = host.vm.rootfs("d");
-    std::fs::copy(host.vm.share.join("c/rootfs/bin/garbage"), host.vm.share.join("d/rootfs/bin/garbage")).unwrap();
+    std::fs::copy(host.vm.share.join("c/rootfs/bin/garbage"), host.vm.share.join("d/rootfs/bin/garbage"))
+        .unwrap();
     let (status, _, err) = host.run("d", &spec(&root, &["garbage"]), b"").await;
     assert_eq!((status, err.as_str()), (255, "exec /bin/garbage: exec format error\n"));
 }
@@ -102,7 +132,10 @@ async fn what_is_unknown_is_not_found() {
     assert_eq!(code(host.vm.client.stats(context(), &request("x")).await.unwrap_err()), not_found);
     host.delete("x").await.unwrap();
     let root = host.vm.rootfs("c");
-    assert_eq!(refused(&mut host, "../c", &spec(&root, &["true"])).await, r#""../c" cannot be the id of a container"#);
+    assert_eq!(
+        refused(&mut host, "../c", &spec(&root, &["true"])).await,
+        r#""../c" cannot be the id of a container"#
+    );
     let (stdio, _io) = host.stdio(false, false);
     host.create("c", &spec(&root, &["true"]), stdio).await.unwrap();
     assert_eq!(refused(&mut host, "c", &spec(&root, &["true"])).await, "container c exists already");

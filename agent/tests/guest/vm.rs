@@ -41,7 +41,8 @@ pub(crate) struct Vm {
 
 /// The path in a variable of the environment, which must be set: there is no test without it.
 fn part(name: &str) -> PathBuf {
-    let path = env::var_os(name).unwrap_or_else(|| panic!("{name} is not set; it names a file that the test needs"));
+    let path =
+        env::var_os(name).unwrap_or_else(|| panic!("{name} is not set; it names a file that the test needs"));
     let path = PathBuf::from(path);
     assert!(path.exists(), "{name}: {} does not exist", path.display());
     path
@@ -55,7 +56,8 @@ impl Vm {
         let share = at("share");
         fs::create_dir(&share).unwrap();
         // The agent of this build, unless the shipped one is to be looked at.
-        let agent = env::var_os("BULKHEAD_TEST_AGENT").unwrap_or_else(|| env!("CARGO_BIN_EXE_bulkhead-agent").into());
+        let agent =
+            env::var_os("BULKHEAD_TEST_AGENT").unwrap_or_else(|| env!("CARGO_BIN_EXE_bulkhead-agent").into());
         fs::write(at("initrd"), initrd(Path::new(&agent))).unwrap();
 
         let listener = StdListener::bind(at("fs.sock")).unwrap();
@@ -67,16 +69,35 @@ impl Vm {
         let begin = Instant::now();
         let console = fs::File::create(at("console")).unwrap();
         let socket = |name: &str, file: &str| format!("socket,id={name},path={}", at(file).display());
-        let append = format!("console=ttyS0 quiet panic=-1 reboot=t {}", env::var("BULKHEAD_TEST_CMDLINE").unwrap_or_default());
+        let append = format!(
+            "console=ttyS0 quiet panic=-1 reboot=t {}",
+            env::var("BULKHEAD_TEST_CMDLINE").unwrap_or_default()
+        );
         let mut qemu = Command::new("qemu-system-x86_64")
-            .args(["-M", "microvm,rtc=on,acpi=off,memory-backend=mem", "-accel", "tcg", "-cpu", "max,-cx16", "-m", "512"])
+            .args([
+                "-M",
+                "microvm,rtc=on,acpi=off,memory-backend=mem",
+                "-accel",
+                "tcg",
+                "-cpu",
+                "max,-cx16",
+                "-m",
+                "512",
+            ])
             .args(["-object", "memory-backend-memfd,id=mem,size=512M,share=on"])
-            .arg("-kernel").arg(&kernel)
-            .arg("-initrd").arg(at("initrd"))
+            .arg("-kernel")
+            .arg(&kernel)
+            .arg("-initrd")
+            .arg(at("initrd"))
             .args(["-append", &append])
             .args(["-no-reboot", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"])
             .args(["-chardev", &socket("vs", "vhost.sock"), "-device", "vhost-user-vsock-device,chardev=vs"])
-            .args(["-chardev", &socket("fs", "fs.sock"), "-device", "vhost-user-fs-device,chardev=fs,tag=share"])
+            .args([
+                "-chardev",
+                &socket("fs", "fs.sock"),
+                "-device",
+                "vhost-user-fs-device,chardev=fs,tag=share",
+            ])
             .stdin(Stdio::null())
             .stdout(console.try_clone().unwrap())
             .stderr(console)
@@ -97,7 +118,9 @@ impl Vm {
         control.read_exact(&mut body).await.unwrap();
         let boot = begin.elapsed();
         let hello = decode_hello(&body).unwrap();
-        let client = AgentClient::new(ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(control)));
+        let client = AgentClient::new(ttrpc::asynchronous::Client::new(
+            ttrpc::asynchronous::transport::Socket::new(control),
+        ));
         Self { client, hello, boot, streams, share, qemu, dir, daemons: [fs, vsock] }
     }
 
@@ -118,7 +141,11 @@ impl Vm {
         for applet in String::from_utf8(applets.stdout).unwrap().lines().filter(|name| *name != "busybox") {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
-        fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n").unwrap();
+        fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+        )
+        .unwrap();
         fs::write(root.join("etc/group"), "root:x:0:\nuser:x:1000:\n").unwrap();
         format!("{}/{id}/rootfs", bulkhead_proto::SHARE_DIR)
     }

@@ -1,1 +1,175 @@
+//! Rules of the plan, each on a spec as containerd writes it.
 
+use bulkhead_vmm_spec::SizeMib;
+use serde_json::{Value, json};
+
+use super::*;
+
+fn base() -> Value {
+    json!({
+        "ociVersion": "1.2.0",
+        "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+        "root": {"path": "rootfs"},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]}],
+        "linux": {
+            "cgroupsPath": "/default/c",
+            "namespaces": [
+                {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}
+            ]
+        }
+    })
+}
+
+fn spec(change: impl FnOnce(&mut Value)) -> Spec {
+    let mut value = base();
+    change(&mut value);
+    serde_json::from_value(value).unwrap()
+}
+
+fn id() -> ContainerId {
+    ContainerId::parse("c").unwrap()
+}
+
+fn refusal(change: impl FnOnce(&mut Value)) -> String {
+    container(&id(), spec(change)).unwrap_err().message
+}
+
+#[test]
+fn the_guest_gets_its_own_paths_and_a_cgroup_namespace() {
+    let plan = container(&id(), spec(|_| {})).unwrap();
+    let root = plan.guest_spec.root().as_ref().unwrap().path().clone();
+    assert_eq!(root, std::path::Path::new("/run/bulkhead/share/c/rootfs"));
+    let namespaces = plan.guest_spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    assert!(namespaces.iter().any(|n| n.typ() == oci_spec::runtime::LinuxNamespaceType::Cgroup));
+    assert!(plan.binds.is_empty());
+}
+
+#[test]
+fn binds_get_a_slot_each_and_keep_their_order_among_the_mounts() {
+    let plan = container(
+        &id(),
+        spec(|s| {
+            let mounts = s["mounts"].as_array_mut().unwrap();
+            mounts.push(json!({"destination": "/a", "type": "bind", "source": "/host/a", "options": ["rbind", "ro"]}));
+            mounts.push(json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs"}));
+            mounts.push(json!({"destination": "/b", "type": "none", "source": "/host/b", "options": ["bind"]}));
+        }),
+    )
+    .unwrap();
+    let seen: Vec<_> = plan.binds.iter().map(|b| (b.slot, b.source.to_str().unwrap(), b.recursive, b.read_only)).collect();
+    assert_eq!(seen, [(0, "/host/a", true, true), (1, "/host/b", false, false)]);
+    let mounts = plan.guest_spec.mounts().clone().unwrap();
+    let sources: Vec<_> = mounts.iter().map(|m| m.source().clone().unwrap().display().to_string()).collect();
+    assert_eq!(
+        sources,
+        ["proc", "/run/bulkhead/share/c/mounts/0", "tmpfs", "/run/bulkhead/share/c/mounts/1"]
+    );
+}
+
+#[test]
+fn what_a_machine_cannot_give_is_refused_by_name() {
+    let without = |kind: &'static str| {
+        move |s: &mut Value| {
+            let namespaces = s["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|n| n["type"] != kind);
+        }
+    };
+    assert!(refusal(without("network")).contains("hostNetwork"));
+    assert!(refusal(without("pid")).contains("hostPID"));
+    assert!(refusal(without("ipc")).contains("hostIPC"));
+    assert!(refusal(|s| s["linux"]["namespaces"][4]["path"] = json!("/proc/1/ns/net")).contains("/proc/1/ns/net"));
+    assert!(refusal(|s| s["linux"]["rootfsPropagation"] = json!("rshared")).contains("rootfsPropagation"));
+    assert!(refusal(|s| s["mounts"][0]["type"] = json!("nfs")).contains("nfs"));
+    assert!(
+        refusal(|s| s["mounts"][0] = json!({"destination": "/m", "type": "bind", "source": "/", "options": ["rbind", "rshared"]}))
+            .contains("/m")
+    );
+    let device = |kind: &'static str| {
+        move |s: &mut Value| {
+            s["linux"]["devices"] = json!([{"path": "/dev/x", "type": kind, "major": 8, "minor": 0}]);
+        }
+    };
+    assert!(refusal(device("b")).contains("block 8:0"));
+    assert!(refusal(device("c")).contains("/dev/x"));
+    assert!(refusal(|s| s["hooks"] = json!({"createContainer": [{"path": "/hook"}]})).contains("/hook"));
+}
+
+#[test]
+fn a_spec_without_a_process_or_root_says_so() {
+    assert!(refusal(|s| drop(s.as_object_mut().unwrap().remove("process"))).contains("process"));
+    assert!(refusal(|s| drop(s.as_object_mut().unwrap().remove("root"))).contains("root"));
+    assert!(refusal(|s| s["process"]["args"] = json!([])).contains("no command"));
+}
+
+#[test]
+fn a_privileged_container_gets_none_of_the_hosts_devices() {
+    let plan = container(
+        &id(),
+        spec(|s| {
+            s["linux"]["resources"] = json!({"devices": [{"allow": true, "access": "rwm"}]});
+            s["linux"]["devices"] = json!([
+                {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+                {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}
+            ]);
+        }),
+    )
+    .unwrap();
+    let devices = plan.guest_spec.linux().as_ref().unwrap().devices().clone().unwrap();
+    assert_eq!(devices.len(), 1);
+    assert_eq!(devices[0].minor(), 229);
+}
+
+#[test]
+fn hooks_of_the_runtime_stay_on_the_host() {
+    let plan = container(
+        &id(),
+        spec(|s| {
+            s["hooks"] = json!({
+                "prestart": [{"path": "/pre"}],
+                "createRuntime": [{"path": "/create"}],
+                "startContainer": [{"path": "/in"}],
+                "poststart": [{"path": "/after"}]
+            });
+        }),
+    )
+    .unwrap();
+    let paths: Vec<_> = plan.hooks.create.iter().map(|h| h.path().display().to_string()).collect();
+    assert_eq!(paths, ["/pre", "/create"]);
+    assert_eq!(plan.hooks.poststart.len(), 1);
+    let kept = plan.guest_spec.hooks().clone().unwrap();
+    assert!(kept.create_runtime().is_none() && kept.start_container().is_some());
+}
+
+fn sized(change: impl FnOnce(&mut Value)) -> Sizing {
+    let mut config = Config::default();
+    config.sandbox.memory_mib = 1024;
+    config.sandbox.memory_reserve_mib = 100;
+    machine(&config, &spec(change), &HostFacts { cpus: 4 }).unwrap()
+}
+
+#[test]
+fn the_reserve_comes_on_top_of_the_limit() {
+    assert_eq!(sized(|_| {}), Sizing { vcpus: 1, memory: SizeMib(1124) });
+    let limited = sized(|s| s["linux"]["resources"] = json!({"memory": {"limit": 64 << 20}}));
+    assert_eq!(limited.memory, SizeMib(164));
+    let odd = sized(|s| s["linux"]["resources"] = json!({"memory": {"limit": (64 << 20) + 1}}));
+    assert_eq!(odd.memory, SizeMib(166), "whole 2 MiB pages");
+}
+
+#[test]
+fn processors_follow_the_quota_up_to_what_the_host_has() {
+    let cpus = |quota: i64| sized(move |s| s["linux"]["resources"] = json!({"cpu": {"quota": quota, "period": 100_000}})).vcpus;
+    assert_eq!((cpus(50_000), cpus(150_000), cpus(9_900_000), cpus(-1)), (1, 2, 4, 1));
+}
+
+#[test]
+fn a_pod_is_sized_by_the_sums_that_containerd_states() {
+    let pod = sized(|s| {
+        s["annotations"] = json!({
+            "io.kubernetes.cri.sandbox-memory": "268435456",
+            "io.kubernetes.cri.sandbox-cpu-quota": "250000",
+            "io.kubernetes.cri.sandbox-cpu-period": "100000"
+        });
+    });
+    assert_eq!(pod, Sizing { vcpus: 3, memory: SizeMib(356) });
+}

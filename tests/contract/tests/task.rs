@@ -269,14 +269,17 @@ fn t7_connect_succeeds_for_an_unknown_id(t: &mut Context) -> Result<()> {
 }
 
 fn t8_pids_of_a_live_task(t: &mut Context) -> Result<()> {
+    let script = "sleep 1000 & sleep 1000 & wait";
     with_running(
         t,
-        |t| sleeper(t, "c"),
-        |_, _, shim| {
-            let init = shim.connect_rpc("c")?.task_pid;
+        |t| t.spec("c", &["sh", "-c", script]),
+        |t, _, shim| {
+            // Its children may come a moment later: an exec that sees them is the sign.
+            output_of(t, shim, "c", "e", "until [ $(pidof sleep | wc -w) = 2 ]; do :; done")?;
             let pids: api::PidsResponse =
                 shim.call("Pids", &api::PidsRequest { id: "c".into(), ..Default::default() })?;
-            ensure!(pids.processes.iter().any(|p| p.pid == init), "{init} is not among {:?}", pids.processes);
+            ensure!(pids.processes.len() == 3, "three processes run: {:?}", pids.processes);
+            ensure!(pids.processes.iter().all(|p| p.pid > 0), "{:?}", pids.processes);
             Ok(())
         },
     )

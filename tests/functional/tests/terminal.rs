@@ -11,8 +11,8 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 fn run_has_a_terminal(t: &mut Context) -> Result<()> {
-    let script =
-        "tty; test -t 0 && test -t 1 && test -t 2 && echo all three; ls -l /dev/console | cut -c1; exit 12";
+    let script = "tty; test -t 0 && test -t 1 && test -t 2 && echo all three; ls -l /dev/console | cut -c1; \
+        echo tty $(cut -d' ' -f7 /proc/self/stat); exit 12";
     let (pty, proc) = t.run_on_terminal(&["--rm"], "c", &["sh", "-c", script], (80, 24))?;
     let output = proc.wait()?.expect_code(12)?;
     let screen = pty.screen();
@@ -21,6 +21,7 @@ fn run_has_a_terminal(t: &mut Context) -> Result<()> {
         "the screen shows {screen:?}\n{output}"
     );
     ensure!(screen.contains("all three\n"), "the screen shows {screen:?}");
+    ensure!(!screen.contains("tty 0\n"), "it is not the controlling terminal; the screen shows {screen:?}");
     Ok(())
 }
 
@@ -38,7 +39,7 @@ fn run_resize(t: &mut Context) -> Result<()> {
 
 fn interrupt_key(t: &mut Context) -> Result<()> {
     let script =
-        "trap 'echo interrupted-$((1+1)); exit 5' INT; echo up-$((1+1)); while :; do sleep 1000; done";
+        "trap 'echo interrupted-$((1+1)); exit 5' INT; sleep 1000 & echo up-$((1+1)); while :; do wait; done";
     let (mut pty, proc) = t.run_on_terminal(&["--rm"], "c", &["sh", "-c", script], (80, 24))?;
     pty.wait_for("up-2", 60)?;
     pty.type_keys("\u{3}")?;

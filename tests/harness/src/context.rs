@@ -232,10 +232,13 @@ impl<'a> Context<'a> {
         leak::processes(self.node).into_iter().collect()
     }
 
-    /// The one process of the runtime whose program's name starts with `name`.
+    /// The one process of the runtime whose program's name starts with `name`. Copies of itself that it has
+    /// forked, to become other programs, do not count.
     pub fn process(&self, name: &str) -> Result<ProcessInfo> {
         let all = self.processes();
-        let mut found = all.iter().filter(|p| p.name.starts_with(name));
+        let named = |p: &&ProcessInfo| p.name.starts_with(name);
+        let forked = |p: &&ProcessInfo| all.iter().filter(named).any(|other| other.pid == p.parent);
+        let mut found = all.iter().filter(named).filter(|p| !forked(p));
         match (found.next(), found.next()) {
             (Some(one), None) => Ok(one.clone()),
             (Some(_), Some(_)) => bail!("more than one process is a {name}: {all:#?}"),

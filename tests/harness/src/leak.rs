@@ -23,6 +23,8 @@ use crate::node::Node;
 pub struct ProcessInfo {
     /// Its process id.
     pub pid: u32,
+    /// The process that started it, or that adopted it.
+    pub parent: u32,
     /// Name of the program it runs: file name of argv[0].
     pub name: String,
     /// Its arguments.
@@ -232,7 +234,7 @@ pub(crate) fn processes(node: &Node) -> BTreeSet<ProcessInfo> {
             .collect();
         let name = args.first().map_or(name, |a| a.rsplit('/').next().unwrap_or(a).to_string());
         let args = if args.is_empty() { vec![format!("[{name}]")] } else { args };
-        let info = ProcessInfo { pid, name, args };
+        let info = ProcessInfo { pid, parent, name, args };
         let in_namespace = fs::metadata(format!("/proc/{pid}/ns/mnt")).is_ok_and(|m| m.ino() == own);
         let in_cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))
             .is_ok_and(|c| c.contains(&format!("/{}/", node.namespace())));
