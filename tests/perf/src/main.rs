@@ -198,7 +198,11 @@ async fn measure(
         Measure::alone("guest kernel", Unit::DecimalBytes, &Vec::from_iter(size(&arguments.kernel)))
             .at_most(25e6, Unit::DecimalBytes),
         slope("host memory a pod", |growth| growth.pss_per_pod)
-            .with_note(format!("slope of PSS over {counts} pods, {} s idle", arguments.idle_seconds)),
+            .with_note(format!(
+                "slope of PSS over {counts} pods, {} s idle{}",
+                arguments.idle_seconds,
+                memory_bulkhead.as_ref().map(by_program).unwrap_or_default()
+            )),
         slope("- of it guest memory", |growth| growth.pss_memfd_per_pod),
         slope("- by MemAvailable", |growth| growth.available_per_pod),
     ];
@@ -246,6 +250,17 @@ async fn grow(
     Ok((!points.is_empty()).then(|| Growth::of(points)))
 }
 
+/// Which programs a pod's memory belongs to, largest first, where most pods ran.
+fn by_program(growth: &Growth) -> String {
+    let Some(last) = growth.points.last() else { return String::new() };
+    let mut programs: Vec<_> = last.usage.pss_by_program.iter().collect();
+    programs.sort_by(|a, b| b.1.cmp(a.1));
+    let share = |bytes: u64| bytes as f64 / last.pods as f64 / MIB;
+    let shown: Vec<_> =
+        programs.iter().map(|(name, bytes)| format!("{name} {:.1}", share(**bytes))).collect();
+    format!("; MiB a pod by program: {}", shown.join(", "))
+}
+
 /// Where the time of a start goes, longest stage first.
 fn stages(spans: &[Span]) -> String {
     let mut longest: Vec<_> =
@@ -274,6 +289,18 @@ mod tests {
         assert_eq!(text, "trace_file = \"/new\"\nstate_dir = \"/s\"\n[sandbox]\nvcpus = 1\n");
         drop(traced);
         assert_eq!(fs::read_to_string(&file).unwrap(), before);
+    }
+
+    #[test]
+    fn memory_is_told_by_program_largest_first() {
+        let usage = memory::Usage {
+            pss_by_program: [("small", 2 << 20), ("large", 6 << 20)]
+                .map(|(name, size)| (name.to_owned(), size))
+                .into(),
+            ..memory::Usage::default()
+        };
+        let growth = Growth::of(vec![Point { pods: 2, usage, mem_available: 0 }]);
+        assert_eq!(by_program(&growth), "; MiB a pod by program: large 3.0, small 1.0");
     }
 
     #[test]
