@@ -54,8 +54,6 @@ pub(crate) struct Ctr {
     pub(crate) address: PathBuf,
     pub(crate) namespace: String,
     pub(crate) image: String,
-    /// Given to the shim of bulkhead as its configuration.
-    pub(crate) config: PathBuf,
 }
 
 impl Ctr {
@@ -76,10 +74,6 @@ impl Ctr {
 
     async fn start(&self, runtime: Runtime, mode: &str, id: &str, command: &[&str]) -> anyhow::Result<Run> {
         let mut arguments = vec!["run", mode, "--runtime", runtime.kind()];
-        let config = path(&self.config)?;
-        if runtime == Runtime::Bulkhead {
-            arguments.extend(["--runtime-config-path", config]);
-        }
         arguments.extend([self.image.as_str(), id]);
         arguments.extend(command);
         self.call(&arguments).await

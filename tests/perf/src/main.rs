@@ -10,7 +10,7 @@ mod stats;
 mod timeline;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -52,7 +52,7 @@ struct Arguments {
     /// An image with busybox
     #[arg(long)]
     image: String,
-    /// The configuration of bulkhead to measure with
+    /// The configuration that containerd hands to the shims; a trace file is set in it while starts are measured
     #[arg(long)]
     config: PathBuf,
     /// The command `bulkhead`
@@ -87,14 +87,11 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let host =
         host::Host::look(&arguments.bulkhead, &arguments.config, &arguments.address, &arguments.commit)?;
     let trace = folder.join("trace.jsonl");
-    let config = folder.join("config.toml");
-    write_config(&arguments.config, &config, &trace)?;
     let bench = Bench::new(Ctr {
         program: arguments.ctr.clone(),
         address: arguments.address.clone(),
         namespace: arguments.namespace.clone(),
         image: arguments.image.clone(),
-        config,
     });
     let outcome = measure(arguments, &bench, host, &trace).await;
     // Also after a failure: what we started ends with us.
@@ -113,26 +110,56 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The configuration under test, plus the file of spans.
-fn write_config(from: &PathBuf, to: &PathBuf, trace: &std::path::Path) -> anyhow::Result<()> {
-    let text = fs::read_to_string(from).with_context(|| format!("cannot read {}", from.display()))?;
-    // A key of the top stands before every section.
-    let mut with_trace = format!("trace_file = {trace:?}\n");
-    text.lines().filter(|line| !line.starts_with("trace_file")).for_each(|line| {
-        with_trace.push_str(line);
-        with_trace.push('\n');
-    });
-    fs::write(to, with_trace).with_context(|| format!("cannot write {}", to.display()))
+/// A configuration with a trace file set; as it was before once this is dropped.
+///
+/// It is the file that containerd's environment names, since a shim starts to write spans before it has seen any
+/// option of its container.
+struct Traced {
+    config: PathBuf,
+    before: String,
+}
+
+impl Traced {
+    fn set(config: &Path, trace: &Path) -> anyhow::Result<Self> {
+        let before =
+            fs::read_to_string(config).with_context(|| format!("cannot read {}", config.display()))?;
+        let rest: String = before
+            .lines()
+            .filter(|line| !line.starts_with("trace_file"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        // A key of the top stands before every section.
+        replace(config, &format!("trace_file = {trace:?}\n{rest}"))?;
+        Ok(Self { config: config.to_owned(), before })
+    }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        if let Err(error) = replace(&self.config, &self.before) {
+            eprintln!("bench: {error:#}; remove the key trace_file from it");
+        }
+    }
+}
+
+/// A shim that starts meanwhile reads the old text or the new.
+fn replace(file: &Path, text: &str) -> anyhow::Result<()> {
+    let next = file.with_extension("next");
+    fs::write(&next, text)
+        .and_then(|()| fs::rename(&next, file))
+        .with_context(|| format!("cannot write {}", file.display()))
 }
 
 async fn measure(
     arguments: &Arguments,
     bench: &Bench,
     host: host::Host,
-    trace: &std::path::Path,
+    trace: &Path,
 ) -> anyhow::Result<Report> {
     eprintln!("starts: {} rounds", arguments.rounds);
+    let traced = Traced::set(&arguments.config, trace)?;
     let starts = bench.starts(arguments.rounds, trace).await?;
+    drop(traced);
     eprintln!("exec: {} rounds", arguments.rounds);
     let execs = bench.execs(arguments.rounds).await?;
     let agent = bench.agent_resident().await?;
@@ -171,7 +198,11 @@ async fn measure(
         Measure::alone("guest kernel", Unit::DecimalBytes, &Vec::from_iter(size(&arguments.kernel)))
             .at_most(25e6, Unit::DecimalBytes),
         slope("host memory a pod", |growth| growth.pss_per_pod)
-            .with_note(format!("slope of PSS over {counts} pods, {} s idle", arguments.idle_seconds)),
+            .with_note(format!(
+                "slope of PSS over {counts} pods, {} s idle{}",
+                arguments.idle_seconds,
+                memory_bulkhead.as_ref().map(by_program).unwrap_or_default()
+            )),
         slope("- of it guest memory", |growth| growth.pss_memfd_per_pod),
         slope("- by MemAvailable", |growth| growth.available_per_pod),
     ];
@@ -219,6 +250,17 @@ async fn grow(
     Ok((!points.is_empty()).then(|| Growth::of(points)))
 }
 
+/// Which programs a pod's memory belongs to, largest first, where most pods ran.
+fn by_program(growth: &Growth) -> String {
+    let Some(last) = growth.points.last() else { return String::new() };
+    let mut programs: Vec<_> = last.usage.pss_by_program.iter().collect();
+    programs.sort_by(|a, b| b.1.cmp(a.1));
+    let share = |bytes: u64| bytes as f64 / last.pods as f64 / MIB;
+    let shown: Vec<_> =
+        programs.iter().map(|(name, bytes)| format!("{name} {:.1}", share(**bytes))).collect();
+    format!("; MiB a pod by program: {}", shown.join(", "))
+}
+
 /// Where the time of a start goes, longest stage first.
 fn stages(spans: &[Span]) -> String {
     let mut longest: Vec<_> =
@@ -237,13 +279,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_trace_is_set_above_the_sections_and_once() {
+    fn the_trace_is_set_above_the_sections_and_taken_out_again() {
         let folder = tempfile::tempdir().unwrap();
-        let (from, to) = (folder.path().join("a"), folder.path().join("b"));
-        fs::write(&from, "state_dir = \"/s\"\ntrace_file = \"/old\"\n[sandbox]\nvcpus = 1\n").unwrap();
-        write_config(&from, &to, std::path::Path::new("/new")).unwrap();
-        let text = fs::read_to_string(&to).unwrap();
+        let file = folder.path().join("config.toml");
+        let before = "state_dir = \"/s\"\ntrace_file = \"/old\"\n[sandbox]\nvcpus = 1\n";
+        fs::write(&file, before).unwrap();
+        let traced = Traced::set(&file, Path::new("/new")).unwrap();
+        let text = fs::read_to_string(&file).unwrap();
         assert_eq!(text, "trace_file = \"/new\"\nstate_dir = \"/s\"\n[sandbox]\nvcpus = 1\n");
+        drop(traced);
+        assert_eq!(fs::read_to_string(&file).unwrap(), before);
+    }
+
+    #[test]
+    fn memory_is_told_by_program_largest_first() {
+        let usage = memory::Usage {
+            pss_by_program: [("small", 2 << 20), ("large", 6 << 20)]
+                .map(|(name, size)| (name.to_owned(), size))
+                .into(),
+            ..memory::Usage::default()
+        };
+        let growth = Growth::of(vec![Point { pods: 2, usage, mem_available: 0 }]);
+        assert_eq!(by_program(&growth), "; MiB a pod by program: large 3.0, small 1.0");
     }
 
     #[test]

@@ -209,7 +209,6 @@ mod tests {
             address: "/s".into(),
             namespace: "default".into(),
             image: "i".into(),
-            config: "/c".into(),
         });
         let ours = bench.id(Runtime::Bulkhead);
         let pods = serde_json::json!([{ "id": ours }, { "id": "somebody's" }]);
