@@ -34,7 +34,9 @@ pub fn main() -> i32 {
             "delete" => delete::delete(&flags),
             "" if !flags.socket.is_empty() => serve::serve(&flags),
             "" => Err("no action: containerd runs this program with \"start\" or \"delete\"".into()),
-            other => Err(format!("unknown action {other:?}: containerd runs this program with \"start\" or \"delete\"")),
+            other => Err(format!(
+                "unknown action {other:?}: containerd runs this program with \"start\" or \"delete\""
+            )),
         }
     };
     match result {
@@ -50,7 +52,10 @@ fn failed(reason: &str) -> i32 {
 
 /// As the Go shims print it.
 fn version() -> Result<(), String> {
-    println!("containerd-shim-bulkhead-v2:\n  Version:  {}\n  Runtime:  {RUNTIME_NAME}", env!("CARGO_PKG_VERSION"));
+    println!(
+        "containerd-shim-bulkhead-v2:\n  Version:  {}\n  Runtime:  {RUNTIME_NAME}",
+        env!("CARGO_PKG_VERSION")
+    );
     Ok(())
 }
 

@@ -2,10 +2,7 @@
 //! Puts the rooms together; decides nothing.
 
 use std::{
-    os::{
-        fd::OwnedFd,
-        unix::net::UnixListener as StdListener,
-    },
+    os::{fd::OwnedFd, unix::net::UnixListener as StdListener},
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -157,7 +154,8 @@ fn become_subreaper() {
 
 /// SIGTERM asks politely: the sandbox ends if no container is left, as with Shutdown.
 async fn end_on_signal(handle: Handle) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return;
     };
     loop {
