@@ -305,7 +305,7 @@ fn twenty_at_once(t: &mut Context) -> Result<()> {
     let ids: Vec<String> = (0..20).map(|n| format!("c{n}")).collect();
     let script = |id: &str| format!("echo hello from {id}; exit {}", id.len());
     let running: Result<Vec<_>> =
-        ids.iter().map(|id| t.run(&["--rm"], id, &["sh", "-c", &script(id)]).deadline(400).spawn()).collect();
+        ids.iter().map(|id| t.run(&["--rm"], id, &["sh", "-c", &script(id)]).deadline(600).spawn()).collect();
     for (proc, id) in running?.into_iter().zip(&ids) {
         let output = proc.wait()?.expect_code(id.len() as i32)?;
         ensure!(output.out() == format!("hello from {id}"), "{output}");
