@@ -1,6 +1,7 @@
 //! The ways in which containerd runs the shim's binary: `start`, serving, `delete`, `-info`, `-v`.
 //! Knows containerd's command line (contract, sections 2 and 3); does not know what a task is.
 
+mod abandoned;
 mod bootstrap;
 mod delete;
 mod info;

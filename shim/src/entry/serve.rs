@@ -21,6 +21,7 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
+use super::abandoned;
 use crate::{
     config::Config,
     error::{Fault, chain},
@@ -75,6 +76,7 @@ async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> R
     let address = std::env::var("TTRPC_ADDRESS").map_err(|_| "TTRPC_ADDRESS is not set".to_owned())?;
     let (publisher, drained) = Publisher::new(&address, &flags.namespace);
     let bundle = std::env::current_dir().map_err(|e| format!("find the bundle: {e}"))?;
+    tokio::spawn(abandoned::take_back_when_abandoned(flags, &bundle));
     let identity = Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle };
     let (own, inputs) = mpsc::unbounded_channel();
     if let Some(path) = &config.trace_file
