@@ -90,9 +90,11 @@ pub fn create(path: &str) -> Result<(), CgroupError> {
 
 /// Moves a process with all its threads into the group.
 pub fn join(path: &str, pid: i32) -> Result<(), CgroupError> {
-    load(path)
-        .add_task_by_tgid(CgroupPid::from(pid as u64))
-        .map_err(|source| CgroupError::Join { path: path.to_owned(), pid, source })
+    load(path).add_task_by_tgid(CgroupPid::from(pid as u64)).map_err(|source| CgroupError::Join {
+        path: path.to_owned(),
+        pid,
+        source,
+    })
 }
 
 /// Removes the group if it is there and nobody is in it. One with processes or children that are not ours
@@ -130,8 +132,9 @@ fn has_children(path: &str) -> bool {
         CONTROLLERS.iter().map(|c| hierarchy.root().join(c)).collect()
     };
     roots.iter().any(|root| {
-        std::fs::read_dir(root.join(path))
-            .is_ok_and(|mut entries| entries.any(|e| e.is_ok_and(|e| e.file_type().is_ok_and(|t| t.is_dir()))))
+        std::fs::read_dir(root.join(path)).is_ok_and(|mut entries| {
+            entries.any(|e| e.is_ok_and(|e| e.file_type().is_ok_and(|t| t.is_dir())))
+        })
     })
 }
 
@@ -152,7 +155,9 @@ mod tests {
     fn the_path_follows_the_spec() {
         assert_eq!(path_for(None, "default", "x"), "bulkhead/default/x");
         assert_eq!(path_for(Some("/default/x"), "default", "x"), "default/x");
-        assert_eq!(path_for(Some("kubepods-burstable-podA.slice:cri-containerd:x"), "k8s.io", "x"),
-            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podA.slice/cri-containerd-x.scope");
+        assert_eq!(
+            path_for(Some("kubepods-burstable-podA.slice:cri-containerd:x"), "k8s.io", "x"),
+            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podA.slice/cri-containerd-x.scope"
+        );
     }
 }

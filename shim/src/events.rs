@@ -7,7 +7,9 @@
 use std::{path::PathBuf, time::Duration};
 
 use containerd_shim_protos::{
-    protobuf::{MessageDyn, MessageField, well_known_types::any::Any, well_known_types::timestamp::Timestamp},
+    protobuf::{
+        MessageDyn, MessageField, well_known_types::any::Any, well_known_types::timestamp::Timestamp,
+    },
     shim::{event::Envelope, events::ForwardRequest},
     shim_async::{Client, EventsClient},
     ttrpc::{self, asynchronous::transport::Socket},

@@ -89,7 +89,9 @@ fn check(text: &str, what: &str) -> Result<(), Fault> {
     }
     Err(Fault::new(
         Kind::InvalidArgument,
-        format!("{what} {text:?}: letters, digits and single '-', '_' or '.' between them, at most {MAX_LEN}"),
+        format!(
+            "{what} {text:?}: letters, digits and single '-', '_' or '.' between them, at most {MAX_LEN}"
+        ),
     ))
 }
 

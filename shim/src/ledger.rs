@@ -194,7 +194,9 @@ fn take_back(entry: &Entry) -> Result<(), String> {
         Entry::Process { name, pid, start_time } => {
             process::end(*pid, *start_time).map_err(|e| format!("process {name} ({pid}): {e}"))
         }
-        Entry::Mount { target, .. } => unmount(target).map_err(|e| format!("mount {}: {e}", target.display())),
+        Entry::Mount { target, .. } => {
+            unmount(target).map_err(|e| format!("mount {}: {e}", target.display()))
+        }
         Entry::Directory { path, .. } => {
             remove_tree(path).map_err(|e| format!("directory {}: {e}", path.display()))
         }
@@ -283,7 +285,11 @@ mod tests {
     #[test]
     fn a_half_written_line_is_passed_over() {
         let tmp = tempfile::tempdir().unwrap();
-        std::fs::write(tmp.path().join(FILE_NAME), "{\"kind\":\"file\",\"path\":\"/nope/x\"}\n{\"kind\":\"pro").unwrap();
+        std::fs::write(
+            tmp.path().join(FILE_NAME),
+            "{\"kind\":\"file\",\"path\":\"/nope/x\"}\n{\"kind\":\"pro",
+        )
+        .unwrap();
         assert_eq!(read(&tmp.path().join(FILE_NAME)).unwrap().len(), 1);
         release_left_behind(tmp.path()).unwrap();
     }

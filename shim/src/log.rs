@@ -27,7 +27,8 @@ use tracing_subscriber::{
 
 /// Sends every message of at least `level` to the fifo at `path`, and finished spans to `trace` if given.
 pub fn init(path: &Path, level: &str, trace: Option<&Path>) {
-    let filter = EnvFilter::try_new(format!("{level},ttrpc=error")).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter =
+        EnvFilter::try_new(format!("{level},ttrpc=error")).unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt::layer()
         .event_format(Logfmt)
         .with_writer(Fifo::new(path.to_owned()))
@@ -144,8 +145,7 @@ mod tests {
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR).unwrap();
         let fifo = Fifo::new(path.clone());
         assert_eq!(fifo.make_writer().write(b"lost\n").unwrap(), 5);
-        let mut reader =
-            OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
         fifo.make_writer().write_all(b"first\n").unwrap();
         drop(std::mem::replace(
             &mut reader,

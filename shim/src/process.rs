@@ -21,7 +21,9 @@ const END_DEADLINE_MS: u16 = 3_000;
 pub fn start_time(pid: i32) -> io::Result<Option<u64>> {
     let text = match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(text) => text,
-        Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => {
+            return Ok(None);
+        }
         Err(e) => return Err(e),
     };
     // The name in field 2 may hold blanks and brackets; the last ')' ends it.

@@ -4,7 +4,9 @@
 use std::collections::HashMap;
 
 use containerd_shim_protos::{
-    cgroups_v2::metrics::{CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat},
+    cgroups_v2::metrics::{
+        CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+    },
     protobuf::MessageField,
 };
 

@@ -135,7 +135,8 @@ impl Hub {
         let mut tokens = Tokens::default();
         let (stdout, stderr) = open_outputs(io, logger)?;
         let stdin = if io.stdin.is_empty() { None } else { Some(open_stdin(&io.stdin)?) };
-        let outputs = Arc::new(AtomicUsize::new(usize::from(stdout.is_some()) + usize::from(stderr.is_some())));
+        let outputs =
+            Arc::new(AtomicUsize::new(usize::from(stdout.is_some()) + usize::from(stderr.is_some())));
         let mut table = self.table();
         if let Some((receiver, keeper)) = stdin {
             let token = draw()?;
@@ -234,7 +235,11 @@ async fn copy_in(mut fifo: pipe::Receiver, mut stream: UnixStream) {
 
 /// Copies until `total` bytes have been read, if the guest has told the total, or the stream ends. A sink
 /// that takes no more does not stop the reading: the container must not block on a lost reader.
-async fn copy_out<R: AsyncRead + Unpin>(mut stream: R, mut sink: Sink, mut total: watch::Receiver<Option<u64>>) {
+async fn copy_out<R: AsyncRead + Unpin>(
+    mut stream: R,
+    mut sink: Sink,
+    mut total: watch::Receiver<Option<u64>>,
+) {
     let mut buffer = vec![0; CHUNK];
     let mut copied = 0u64;
     let mut sink_lives = true;
@@ -322,7 +327,9 @@ fn start_logger(uri: &str, context: &LoggerContext) -> Result<(Sink, Sink), Stdi
     let (err_read, err_write) = std::io::pipe().map_err(fault)?;
     let (mut ready_read, ready_write) = std::io::pipe().map_err(fault)?;
     let mut command = std::process::Command::new(&program);
-    for (key, value) in query.split('&').filter(|p| !p.is_empty()).map(|p| p.split_once('=').unwrap_or((p, ""))) {
+    for (key, value) in
+        query.split('&').filter(|p| !p.is_empty()).map(|p| p.split_once('=').unwrap_or((p, "")))
+    {
         command.arg(unquote(key)).arg(unquote(value));
     }
     command

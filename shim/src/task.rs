@@ -6,11 +6,11 @@ use std::time::SystemTime;
 use async_trait::async_trait;
 use containerd_shim_protos::{
     api::{
-        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-        DeleteResponse, Empty, ExecProcessRequest, KillRequest, Mount, PauseRequest, PidsRequest, PidsResponse,
-        ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
-        StateResponse, StatsRequest, StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest,
-        WaitResponse,
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+        CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, Mount,
+        PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest,
+        ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+        StatsResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
     },
     events::task as events,
     protobuf::{
@@ -118,7 +118,11 @@ impl Task for TaskService {
             Reply::Pids(processes) => Ok(PidsResponse {
                 processes: processes
                     .into_iter()
-                    .map(|(pid, exec)| ProcessInfo { pid, info: process_details(&exec), ..Default::default() })
+                    .map(|(pid, exec)| ProcessInfo {
+                        pid,
+                        info: process_details(&exec),
+                        ..Default::default()
+                    })
                     .collect(),
                 ..Default::default()
             }),
@@ -226,7 +230,11 @@ pub fn announce(publisher: &Publisher, event: &Event) {
         Event::Create(request, pid) => ("/tasks/create", Box::new(task_create(request, *pid))),
         Event::Start(id, pid) => (
             "/tasks/start",
-            Box::new(events::TaskStart { container_id: id.to_string(), pid: pid.unsigned_abs(), ..Default::default() }),
+            Box::new(events::TaskStart {
+                container_id: id.to_string(),
+                pid: pid.unsigned_abs(),
+                ..Default::default()
+            }),
         ),
         Event::ExecAdded(key) => (
             "/tasks/exec-added",
@@ -257,10 +265,9 @@ pub fn announce(publisher: &Publisher, event: &Event) {
                 ..Default::default()
             }),
         ),
-        Event::Oom(id) => (
-            "/tasks/oom",
-            Box::new(events::TaskOOM { container_id: id.to_string(), ..Default::default() }),
-        ),
+        Event::Oom(id) => {
+            ("/tasks/oom", Box::new(events::TaskOOM { container_id: id.to_string(), ..Default::default() }))
+        }
         Event::Paused(id) => (
             "/tasks/paused",
             Box::new(events::TaskPaused { container_id: id.to_string(), ..Default::default() }),
@@ -340,9 +347,14 @@ fn process_details(exec: &str) -> MessageField<Any> {
     if exec.is_empty() {
         return MessageField::none();
     }
-    let details = containerd_shim_protos::shim::oci::ProcessDetails { exec_id: exec.to_owned(), ..Default::default() };
+    let details =
+        containerd_shim_protos::shim::oci::ProcessDetails { exec_id: exec.to_owned(), ..Default::default() };
     let value = details.write_to_bytes().unwrap_or_default();
-    MessageField::some(Any { type_url: "containerd.runc.v1.ProcessDetails".into(), value, ..Default::default() })
+    MessageField::some(Any {
+        type_url: "containerd.runc.v1.ProcessDetails".into(),
+        value,
+        ..Default::default()
+    })
 }
 
 fn unexpected(reply: &Reply) -> ttrpc::Error {

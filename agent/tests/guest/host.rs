@@ -52,7 +52,7 @@ pub(crate) struct HungUp {
 
 /// The streams of one process, dialled by the agent.
 pub(crate) struct Io {
-    stdin: Option<oneshot::Receiver<UnixStream>>,
+    pub(crate) stdin: Option<oneshot::Receiver<UnixStream>>,
     outputs: [Option<(Token, oneshot::Receiver<UnixStream>)>; 2],
 }
 
@@ -310,6 +310,11 @@ impl Host {
         }
         assert_eq!(total, Some(bytes.len() as u64));
         bytes
+    }
+
+    /// Makes [`Host::exit`] know a process that was started past [`Host::exec`].
+    pub(crate) fn expect_from_start(&mut self, id: &str, exec_id: &str) {
+        self.since.insert((id.into(), exec_id.into()), 0);
     }
 
     /// Waits for the end of a process.

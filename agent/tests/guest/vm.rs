@@ -70,7 +70,7 @@ impl Vm {
         let console = fs::File::create(at("console")).unwrap();
         let socket = |name: &str, file: &str| format!("socket,id={name},path={}", at(file).display());
         let append = format!(
-            "console=ttyS0 quiet panic=-1 reboot=t {}",
+            "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp no_timer_check {}",
             env::var("BULKHEAD_TEST_CMDLINE").unwrap_or_default()
         );
         let mut qemu = Command::new("qemu-system-x86_64")

@@ -44,8 +44,9 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Resul
 }
 
 /// Makes the child a leader of its own session, have it die with the thread that makes it, and
-/// inherit no descriptor but 0, 1, 2 and `keep` (which keep their numbers).
-pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>) {
+/// inherit no descriptor but 0, 1, 2 and `keep` (which keep their numbers). With `own_network` it gets an
+/// empty network namespace.
+pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>, own_network: bool) {
     let parent = std::process::id() as i32;
     let prepare = move || {
         // SAFETY (all calls): between fork and exec only async-signal-safe calls are allowed. These
@@ -56,6 +57,9 @@ pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>) {
             // The parent may have died before the line above: then nobody would ever end us.
             if libc::getppid() != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            if own_network {
+                check(libc::unshare(libc::CLONE_NEWNET).into())?;
             }
             // Marked, not closed: std reports a failed exec through a descriptor of its own.
             check(libc::syscall(

@@ -8,10 +8,7 @@
 use std::io::{IsTerminal, Read};
 
 use containerd_shim::Flags;
-use containerd_shim_protos::{
-    bootstrap_api::BootstrapParams,
-    protobuf::Message,
-};
+use containerd_shim_protos::{bootstrap_api::BootstrapParams, protobuf::Message};
 
 /// More than any options have, in bytes.
 const MAX_INPUT: u64 = 4 << 20;
@@ -99,7 +96,11 @@ mod tests {
 
     #[test]
     fn s2_options_and_nothing_are_the_old_protocol() {
-        let any = Any { type_url: "runtimeoptions.v1.Options".into(), value: vec![10, 1, 65], ..Default::default() };
+        let any = Any {
+            type_url: "runtimeoptions.v1.Options".into(),
+            value: vec![10, 1, 65],
+            ..Default::default()
+        };
         for input in [any.write_to_bytes().unwrap(), Vec::new()] {
             let params = parse(&input, &flags(), Some("/run/c.ttrpc".into())).unwrap();
             assert_eq!((params.version, params.ttrpc_address.as_str()), (2, "/run/c.ttrpc"));

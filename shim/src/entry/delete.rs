@@ -45,7 +45,7 @@ pub(super) fn delete(flags: &Flags) -> Result<(), String> {
     {
         left.push(format!("{}: {error}", dir.display()));
     }
-    remove_stale_socket(&bundle);
+    remove_stale_sockets(&bundle, flags);
     if let Err(error) = ledger::unmount(&bundle.join("rootfs")) {
         left.push(format!("unmount {}: {error}", bundle.join("rootfs").display()));
     }
@@ -63,16 +63,17 @@ pub(super) fn delete(flags: &Flags) -> Result<(), String> {
     stdout.write_all(&bytes).and_then(|()| stdout.flush()).map_err(|e| format!("answer: {e}"))
 }
 
-fn socket_of(bundle: &Path) -> Option<PathBuf> {
-    let address = std::fs::read_to_string(bundle.join("address")).ok()?;
-    Some(PathBuf::from(address.trim().trim_start_matches("unix://")))
-}
-
 /// Removes the socket unless somebody serves it, as a pod's shim does for a container of the pod.
-fn remove_stale_socket(bundle: &Path) {
-    if let Some(path) = socket_of(bundle)
-        && UnixStream::connect(&path).is_err()
-    {
-        let _ = std::fs::remove_file(path);
+///
+/// The bundle says where it is, but containerd may have removed the bundle already: when it comes back
+/// from a crash it does so while this runs. Then it is where `start` puts it without being told otherwise.
+fn remove_stale_sockets(bundle: &Path, flags: &Flags) {
+    let told = std::fs::read_to_string(bundle.join("address")).ok();
+    let usual = containerd_shim::socket_address(&flags.address, &flags.namespace, &flags.id);
+    for address in told.into_iter().chain([usual]) {
+        let path = PathBuf::from(address.trim().trim_start_matches("unix://"));
+        if UnixStream::connect(&path).is_err() {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }

@@ -48,7 +48,7 @@ fn features() -> serde_json::Value {
             "slave", "strictatime", "suid", "sync"
         ],
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
             "cgroup": {"v1": false, "v2": true, "systemd": false},
             "seccomp": {"enabled": true},
             "apparmor": {"enabled": false},

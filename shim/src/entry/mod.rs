@@ -1,6 +1,7 @@
 //! The ways in which containerd runs the shim's binary: `start`, serving, `delete`, `-info`, `-v`.
 //! Knows containerd's command line (contract, sections 2 and 3); does not know what a task is.
 
+mod abandoned;
 mod bootstrap;
 mod delete;
 mod info;
@@ -34,7 +35,9 @@ pub fn main() -> i32 {
             "delete" => delete::delete(&flags),
             "" if !flags.socket.is_empty() => serve::serve(&flags),
             "" => Err("no action: containerd runs this program with \"start\" or \"delete\"".into()),
-            other => Err(format!("unknown action {other:?}: containerd runs this program with \"start\" or \"delete\"")),
+            other => Err(format!(
+                "unknown action {other:?}: containerd runs this program with \"start\" or \"delete\""
+            )),
         }
     };
     match result {
@@ -50,7 +53,10 @@ fn failed(reason: &str) -> i32 {
 
 /// As the Go shims print it.
 fn version() -> Result<(), String> {
-    println!("containerd-shim-bulkhead-v2:\n  Version:  {}\n  Runtime:  {RUNTIME_NAME}", env!("CARGO_PKG_VERSION"));
+    println!(
+        "containerd-shim-bulkhead-v2:\n  Version:  {}\n  Runtime:  {RUNTIME_NAME}",
+        env!("CARGO_PKG_VERSION")
+    );
     Ok(())
 }
 

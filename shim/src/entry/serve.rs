@@ -2,10 +2,7 @@
 //! Puts the rooms together; decides nothing.
 
 use std::{
-    os::{
-        fd::OwnedFd,
-        unix::net::UnixListener as StdListener,
-    },
+    os::{fd::OwnedFd, unix::net::UnixListener as StdListener},
     path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -24,6 +21,7 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
+use super::abandoned;
 use crate::{
     config::Config,
     error::{Fault, chain},
@@ -78,6 +76,7 @@ async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> R
     let address = std::env::var("TTRPC_ADDRESS").map_err(|_| "TTRPC_ADDRESS is not set".to_owned())?;
     let (publisher, drained) = Publisher::new(&address, &flags.namespace);
     let bundle = std::env::current_dir().map_err(|e| format!("find the bundle: {e}"))?;
+    tokio::spawn(abandoned::take_back_when_abandoned(flags, &bundle));
     let identity = Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle };
     let (own, inputs) = mpsc::unbounded_channel();
     if let Some(path) = &config.trace_file
@@ -157,7 +156,8 @@ fn become_subreaper() {
 
 /// SIGTERM asks politely: the sandbox ends if no container is left, as with Shutdown.
 async fn end_on_signal(handle: Handle) {
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
         return;
     };
     loop {

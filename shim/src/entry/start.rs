@@ -77,10 +77,15 @@ fn bind(path: &Path) -> Result<Option<UnixListener>, String> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     let fault = |what: &str, e: io::Error| format!("{what} {}: {e}", path.display());
     if !dir.exists() {
-        DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| fault("create the directory of", e))?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|e| fault("create the directory of", e))?;
     }
     let lock = File::open(dir).map_err(|e| fault("open the directory of", e))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| fault("lock the directory of", e.into()))?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, e)| fault("lock the directory of", e.into()))?;
     match UnixListener::bind(path) {
         Ok(listener) => restrict(path, listener).map(Some),
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
@@ -162,7 +167,9 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let config = tmp.path().join("config.json");
         assert_eq!(group_of(&config, "c").unwrap(), "c");
-        let write = |annotations: &str| std::fs::write(&config, format!(r#"{{"annotations":{annotations}}}"#)).unwrap();
+        let write = |annotations: &str| {
+            std::fs::write(&config, format!(r#"{{"annotations":{annotations}}}"#)).unwrap()
+        };
         write("{}");
         assert_eq!(group_of(&config, "c").unwrap(), "c");
         write(r#"{"io.kubernetes.cri.sandbox-id":"pod"}"#);

@@ -115,7 +115,8 @@ impl Agent {
     /// Makes the guest a sandbox.
     pub async fn configure(&self, hostname: &str) -> Result<agent::ConfigureResponse, Fault> {
         let mut seed = vec![0; 64];
-        getrandom::fill(&mut seed).map_err(|e| Fault::internal("draw a seed for the guest", &io::Error::other(e)))?;
+        getrandom::fill(&mut seed)
+            .map_err(|e| Fault::internal("draw a seed for the guest", &io::Error::other(e)))?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let request = agent::ConfigureRequest {
             hostname: hostname.to_owned(),
@@ -205,8 +206,7 @@ impl Agent {
 
     /// Sets limits: OCI `LinuxResources`, JSON.
     pub async fn update(&self, id: &ContainerId, resources: Vec<u8>) -> Result<(), Fault> {
-        let request =
-            agent::UpdateRequest { container_id: id.to_string(), resources, ..Default::default() };
+        let request = agent::UpdateRequest { container_id: id.to_string(), resources, ..Default::default() };
         self.call(self.client.update(self.context(), &request)).await.map(drop)
     }
 

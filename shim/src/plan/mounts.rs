@@ -46,7 +46,10 @@ pub(super) fn translate(spec: &mut Spec, id: &ContainerId) -> Result<Vec<Bind>, 
         if !(kind == "bind" || has("bind") || has("rbind")) {
             if !GUEST_KINDS.contains(&kind.as_str()) {
                 let what = format!("a mount of type {kind:?} at {}", destination.display());
-                return Err(refused(what, "only bind mounts and the kernel's own file systems can be mounted"));
+                return Err(refused(
+                    what,
+                    "only bind mounts and the kernel's own file systems can be mounted",
+                ));
             }
             continue;
         }

@@ -43,7 +43,10 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
     if let Some(mode) = linux.rootfs_propagation()
         && mode.contains("shared")
     {
-        return Err(refused(format!("rootfsPropagation {mode:?}"), "mounts do not travel from a guest to the host"));
+        return Err(refused(
+            format!("rootfsPropagation {mode:?}"),
+            "mounts do not travel from a guest to the host",
+        ));
     }
     if linux.intel_rdt().is_some() {
         return Err(refused("linux.intelRdt", "the guest has no resctrl"));
@@ -59,7 +62,10 @@ pub(super) fn take_host_hooks(spec: &mut Spec) -> Result<HostHooks, Fault> {
     let Some(mut hooks) = spec.hooks().clone() else { return Ok(HostHooks::default()) };
     if let Some(hook) = hooks.create_container().as_ref().and_then(|list| list.first()) {
         let what = format!("createContainer hook {}", hook.path().display());
-        return Err(refused(what, "it lies on the host but would have to run in the guest; use createRuntime"));
+        return Err(refused(
+            what,
+            "it lies on the host but would have to run in the guest; use createRuntime",
+        ));
     }
     #[allow(deprecated)]
     let mut create = hooks.prestart().clone().unwrap_or_default();

@@ -50,13 +50,17 @@ fn binds_get_a_slot_each_and_keep_their_order_among_the_mounts() {
         &id(),
         spec(|s| {
             let mounts = s["mounts"].as_array_mut().unwrap();
-            mounts.push(json!({"destination": "/a", "type": "bind", "source": "/host/a", "options": ["rbind", "ro"]}));
+            mounts.push(
+                json!({"destination": "/a", "type": "bind", "source": "/host/a", "options": ["rbind", "ro"]}),
+            );
             mounts.push(json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs"}));
-            mounts.push(json!({"destination": "/b", "type": "none", "source": "/host/b", "options": ["bind"]}));
+            mounts
+                .push(json!({"destination": "/b", "type": "none", "source": "/host/b", "options": ["bind"]}));
         }),
     )
     .unwrap();
-    let seen: Vec<_> = plan.binds.iter().map(|b| (b.slot, b.source.to_str().unwrap(), b.recursive, b.read_only)).collect();
+    let seen: Vec<_> =
+        plan.binds.iter().map(|b| (b.slot, b.source.to_str().unwrap(), b.recursive, b.read_only)).collect();
     assert_eq!(seen, [(0, "/host/a", true, true), (1, "/host/b", false, false)]);
     let mounts = plan.guest_spec.mounts().clone().unwrap();
     let sources: Vec<_> = mounts.iter().map(|m| m.source().clone().unwrap().display().to_string()).collect();
@@ -77,12 +81,15 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
     assert!(refusal(without("network")).contains("hostNetwork"));
     assert!(refusal(without("pid")).contains("hostPID"));
     assert!(refusal(without("ipc")).contains("hostIPC"));
-    assert!(refusal(|s| s["linux"]["namespaces"][4]["path"] = json!("/proc/1/ns/net")).contains("/proc/1/ns/net"));
+    assert!(
+        refusal(|s| s["linux"]["namespaces"][4]["path"] = json!("/proc/1/ns/net")).contains("/proc/1/ns/net")
+    );
     assert!(refusal(|s| s["linux"]["rootfsPropagation"] = json!("rshared")).contains("rootfsPropagation"));
     assert!(refusal(|s| s["mounts"][0]["type"] = json!("nfs")).contains("nfs"));
     assert!(
-        refusal(|s| s["mounts"][0] = json!({"destination": "/m", "type": "bind", "source": "/", "options": ["rbind", "rshared"]}))
-            .contains("/m")
+        refusal(|s| s["mounts"][0] =
+            json!({"destination": "/m", "type": "bind", "source": "/", "options": ["rbind", "rshared"]}))
+        .contains("/m")
     );
     let device = |kind: &'static str| {
         move |s: &mut Value| {
@@ -158,7 +165,9 @@ fn the_reserve_comes_on_top_of_the_limit() {
 
 #[test]
 fn processors_follow_the_quota_up_to_what_the_host_has() {
-    let cpus = |quota: i64| sized(move |s| s["linux"]["resources"] = json!({"cpu": {"quota": quota, "period": 100_000}})).vcpus;
+    let cpus = |quota: i64| {
+        sized(move |s| s["linux"]["resources"] = json!({"cpu": {"quota": quota, "period": 100_000}})).vcpus
+    };
     assert_eq!((cpus(50_000), cpus(150_000), cpus(9_900_000), cpus(-1)), (1, 2, 4, 1));
 }
 

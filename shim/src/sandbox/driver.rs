@@ -172,8 +172,10 @@ fn write_state(host: &Host, summary: &[Summary], created: SystemTime) -> std::io
         id: &identity.id,
         shim_pid: std::process::id(),
         machine: host.machine(),
-        created_unix_nanos: created.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_nanos()
-            as u64,
+        created_unix_nanos: created
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or(Duration::ZERO)
+            .as_nanos() as u64,
         bundle: &identity.bundle,
         containers: summary
             .iter()

@@ -28,9 +28,9 @@ pub(super) async fn run(
         "bundle": bundle,
     });
     for hook in hooks {
-        run_one(hook, state.to_string().as_bytes()).await.map_err(|why| {
-            Fault::new(Kind::Internal, format!("hook {}: {why}", hook.path().display()))
-        })?;
+        run_one(hook, state.to_string().as_bytes())
+            .await
+            .map_err(|why| Fault::new(Kind::Internal, format!("hook {}: {why}", hook.path().display())))?;
     }
     Ok(())
 }

@@ -337,7 +337,12 @@ impl Host {
     }
 
     /// Waits for the agent's hello, configures the guest and listens to its events.
-    async fn meet(&self, control: &tokio::net::UnixListener, config: &Config, spec: &Spec) -> Result<(), Fault> {
+    async fn meet(
+        &self,
+        control: &tokio::net::UnixListener,
+        config: &Config,
+        spec: &Spec,
+    ) -> Result<(), Fault> {
         let timeout = Duration::from_secs(config.agent.request_timeout_seconds);
         let (agent, hello) = Agent::accept(control, timeout)
             .instrument(info_span!("hello"))
@@ -398,8 +403,11 @@ impl Host {
         let agent = self.agent()?;
         let (hooks, bundle, io, console, spec) = {
             let prepared = lock(&self.prepared);
-            let p = prepared.get(id).ok_or_else(|| Fault::new(Kind::Internal, format!("{id} is not prepared")))?;
-            let spec = serde_json::to_vec(&p.plan.guest_spec).map_err(|e| Fault::internal("write the spec", &e))?;
+            let p = prepared
+                .get(id)
+                .ok_or_else(|| Fault::new(Kind::Internal, format!("{id} is not prepared")))?;
+            let spec =
+                serde_json::to_vec(&p.plan.guest_spec).map_err(|e| Fault::internal("write the spec", &e))?;
             (p.plan.hooks.create.clone(), p.bundle.clone(), p.io.clone(), p.plan.console, spec)
         };
         hooks::run(&hooks, id, "created", self.vmm_pid(), &bundle).await?;

@@ -150,11 +150,17 @@ fn shorten(data: &str) -> Option<(PathBuf, String)> {
     }
     let base = &first[..end];
     let short: Vec<&str> = layers.iter().map(|l| &l[end + 1..]).collect();
-    let options = data
-        .split(',')
-        .map(|o| if o.starts_with("lowerdir=") { format!("lowerdir={}", short.join(":")) } else { o.to_owned() })
-        .collect::<Vec<_>>()
-        .join(",");
+    let options =
+        data.split(',')
+            .map(|o| {
+                if o.starts_with("lowerdir=") {
+                    format!("lowerdir={}", short.join(":"))
+                } else {
+                    o.to_owned()
+                }
+            })
+            .collect::<Vec<_>>()
+            .join(",");
     Some((base.into(), options))
 }
 

@@ -110,7 +110,8 @@ impl Share {
         if facts.is_dir() {
             make_dir(&target)?;
         } else {
-            std::fs::File::create(&target).map_err(|source| ShareError::Make { path: target.clone(), source })?;
+            std::fs::File::create(&target)
+                .map_err(|source| ShareError::Make { path: target.clone(), source })?;
         }
         self.bind(ledger, id, &bind.source, &target, bind.recursive, bind.read_only)
     }
@@ -144,7 +145,10 @@ fn make_dir(path: &Path) -> Result<(), ShareError> {
 
 /// `target` below `root`, without leaving it.
 fn inside(root: &Path, target: &str) -> PathBuf {
-    target.split('/').filter(|part| !matches!(*part, "" | "." | "..")).fold(root.to_owned(), |p, part| p.join(part))
+    target
+        .split('/')
+        .filter(|part| !matches!(*part, "" | "." | ".."))
+        .fold(root.to_owned(), |p, part| p.join(part))
 }
 
 /// The error without Rust's "(os error 2)", in the words of Go that runc's users know.

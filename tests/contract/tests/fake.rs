@@ -25,7 +25,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::Notify;
 
 /// The longest a call may take: a guest boots within it under emulation on a busy machine.
-const CALL: Duration = Duration::from_secs(90);
+const CALL: Duration = Duration::from_secs(180);
 
 /// What the event service does with the next event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -263,7 +263,7 @@ fn killed_during_boot(t: &mut Context, key: &str, victim: &str) -> Result<()> {
     }
     let output = run.wait()?.expect_failure()?;
     if victim != SHIM {
-        output.expect_stderr(&[victim])?;
+        output.expect_stderr(&[victim.trim_end_matches("-system-")])?;
     }
     clean_up(t)
 }

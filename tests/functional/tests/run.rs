@@ -290,10 +290,6 @@ fn cgroup_namespace(t: &mut Context) -> Result<()> {
 }
 
 fn twenty_at_once(t: &mut Context) -> Result<()> {
-    if t.settings().is_bulkhead() {
-        // Twenty guests that boot at once on a machine with two busy processors take their time.
-        t.set_config("hypervisor", "boot_timeout_seconds", 300.into())?;
-    }
     let ids: Vec<String> = (0..20).map(|n| format!("c{n}")).collect();
     let script = |id: &str| format!("echo hello from {id}; exit {}", id.len());
     let running: Result<Vec<_>> =

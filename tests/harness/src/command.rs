@@ -134,7 +134,7 @@ pub struct Run {
 
 impl Run {
     /// The longest a command may take where a test says nothing else.
-    pub const DEADLINE: Duration = Duration::from_secs(90);
+    pub const DEADLINE: Duration = Duration::from_secs(180);
 
     /// Prepares `program`.
     pub fn new(program: impl AsRef<Path>) -> Self {

@@ -197,13 +197,19 @@ disabled_plugins = [
         fs::write(self.dir.join("containerd.toml"), text).context("write containerd.toml")
     }
 
-    /// Writes the configuration that the suite was given, or an empty one.
+    /// Writes the configuration that the suite was given, or an empty one. A guest gets more time to boot
+    /// than users grant it: the machine that tests is often busy, and a slow boot is not what is tested.
     pub(crate) fn reset_bulkhead_config(&self) -> Result<()> {
         let text = match &self.settings.config {
             Some(path) => fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?,
             None => String::new(),
         };
-        fs::write(self.bulkhead_config(), text).context("write bulkhead.toml")
+        let mut table: toml::Table = text.parse().context("parse the suite's configuration")?;
+        let hypervisor = table.entry("hypervisor").or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        if let Some(hypervisor) = hypervisor.as_table_mut() {
+            hypervisor.entry("boot_timeout_seconds").or_insert(300.into());
+        }
+        fs::write(self.bulkhead_config(), table.to_string()).context("write bulkhead.toml")
     }
 
     fn import_image(&self) -> Result<()> {

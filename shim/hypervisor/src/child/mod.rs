@@ -67,6 +67,8 @@ pub struct ChildSpec {
     pub fds: Vec<OwnedFd>,
     /// Takes each line of standard output, besides the log.
     pub stdout: LineSink,
+    /// Runs in a network namespace of its own, where there is nothing.
+    pub own_network: bool,
 }
 
 impl ChildSpec {
@@ -79,6 +81,7 @@ impl ChildSpec {
             env: Vec::new(),
             fds: Vec::new(),
             stdout: Box::new(|_| ()),
+            own_network: false,
         }
     }
 }
@@ -100,7 +103,7 @@ impl Child {
     /// Starts a program: session of its own, standard input empty, output kept as lines.
     /// Must be called in a tokio runtime. An error means that the program was not executed.
     pub fn spawn(spec: ChildSpec) -> io::Result<Self> {
-        let ChildSpec { name, program, args, env, fds, stdout } = spec;
+        let ChildSpec { name, program, args, env, fds, stdout, own_network } = spec;
         let (out, out_writer) = pipe()?;
         let (err, err_writer) = pipe()?;
         let mut command = Command::new(&program);
@@ -110,7 +113,7 @@ impl Child {
             command.env("PATH", path);
         }
         command.stdin(Stdio::null()).stdout(out_writer).stderr(err_writer);
-        sys::prepare(&mut command, fds.iter().map(AsRawFd::as_raw_fd).collect());
+        sys::prepare(&mut command, fds.iter().map(AsRawFd::as_raw_fd).collect(), own_network);
         let mut process = command.spawn()?;
         drop((command, fds));
         let pid = process.id() as i32;

@@ -71,8 +71,8 @@ async fn drop_kills_and_reaps() {
 async fn a_wait_can_be_given_up_and_taken_up_again() {
     let mut child = endless();
     assert!(tokio::time::timeout(Duration::from_millis(20), child.exited()).await.is_err());
-    child.signal(libc::SIGINT);
-    assert_eq!(child.exited().await, Exit::Signal(libc::SIGINT));
+    child.signal(libc::SIGTERM);
+    assert_eq!(child.exited().await, Exit::Signal(libc::SIGTERM));
     child.signal(libc::SIGKILL);
 }
 

@@ -206,6 +206,9 @@ impl Hypervisor for Qemu {
         spec.args = args::qemu(shape, bindings, &wiring);
         spec.stdout = stdout;
         spec.fds = share_connection.into_iter().chain([vsock_connection]).collect();
+        // The VMM needs no network, and its pid is the task's: whoever sets up the network of "the task's
+        // namespace" must not find that of the host.
+        spec.own_network = true;
         let qemu = spawn(spec)?;
         record(&qemu, journal)?;
         let helpers = virtiofsd.into_iter().chain([vsock]).collect();

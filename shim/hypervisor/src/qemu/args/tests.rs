@@ -40,7 +40,7 @@ fn golden_machine_with_a_share() {
 -machine microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=on,graphics=off,memory-backend=memory
 -accel tcg,thread=multi,tb-size=128
 -cpu max,-cx16
--smp 2
+-smp 2,maxcpus=2
 -m 256M
 -object memory-backend-memfd,id=memory,size=256M,share=on
 -kernel /k/vmlinux

@@ -184,7 +184,16 @@ fn an_exit_that_overtakes_the_answer_to_start_is_told_after_it() {
     assert_eq!(world.reply(started), &Ok(Reply::Pid(42)));
     let order: Vec<_> = world.events.iter().map(std::mem::discriminant).collect();
     let wanted = [
-        Event::Create(Box::new(CreateRequest { id: id("c"), bundle: "/".into(), rootfs: vec![], io: io(), options: None }), 0),
+        Event::Create(
+            Box::new(CreateRequest {
+                id: id("c"),
+                bundle: "/".into(),
+                rootfs: vec![],
+                io: io(),
+                options: None,
+            }),
+            0,
+        ),
         Event::Start(id("c"), 0),
         Event::Exit(key("c", ""), 0, exit(0)),
     ];
@@ -257,7 +266,10 @@ fn a_machine_that_fails_waits_for_the_preparation_under_way() {
     let mut world = World::default();
     let created = world.ask(create("c"));
     world.finish(0, false);
-    assert!(!world.jobs.iter().any(|job| matches!(job, Job::Release { .. })), "it would make things afterwards");
+    assert!(
+        !world.jobs.iter().any(|job| matches!(job, Job::Release { .. })),
+        "it would make things afterwards"
+    );
     world.finish(0, true);
     world.finish(0, true);
     assert_eq!(world.reply(created), &Err(fault()));
@@ -292,12 +304,8 @@ fn t10_the_wrong_moment_has_its_own_answer() {
     };
     assert_eq!(kind(&mut world, Request::Delete(key("c", ""))), Kind::FailedPrecondition);
     world.exec("c", "e");
-    let again = Request::Exec {
-        container: id("c"),
-        exec: ExecId::parse("e").unwrap(),
-        io: io(),
-        process: vec![1],
-    };
+    let again =
+        Request::Exec { container: id("c"), exec: ExecId::parse("e").unwrap(), io: io(), process: vec![1] };
     assert_eq!(kind(&mut world, again.clone()), Kind::AlreadyExists);
     for process in ["e", ""] {
         world.feed(Input::GuestExit(key("c", process), exit(0)));

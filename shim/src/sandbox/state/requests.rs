@@ -1,0 +1,280 @@
+//! What containerd asks: each request is refused, answered, or begins a job.
+
+use std::time::SystemTime;
+
+use super::*;
+
+impl Sandbox {
+    pub(super) fn request(&mut self, ticket: Ticket, request: Request) -> Result<(), Fault> {
+        match request {
+            Request::Create(create) => self.create(ticket, create),
+            Request::Start(key) => self.start(ticket, &key),
+            Request::Exec { container, exec, io, process } => self.exec(ticket, container, exec, io, process),
+            Request::State(key) => self.state(ticket, &key),
+            Request::Kill { key, signal, all } => self.kill(ticket, key, signal, all),
+            Request::Wait(key) => self.wait(ticket, &key),
+            Request::Delete(key) => self.delete(ticket, &key),
+            Request::Connect(id) => {
+                let pid = self.containers.get(&id).map_or(0, |c| c.init.pid);
+                self.reply(ticket, Ok(Reply::Connect(pid)));
+                Ok(())
+            }
+            Request::CloseIo(key) => {
+                self.find(&key)?;
+                self.out.push(Effect::CloseStdin(key));
+                self.reply(ticket, Ok(Reply::Empty));
+                Ok(())
+            }
+            Request::ResizePty { key, width, height } => self.resize(ticket, key, width, height),
+            Request::Pause(id) => {
+                self.running(&id, "paused")?;
+                self.ask(ticket, Ask::Pause(id))
+            }
+            Request::Resume(id) => {
+                let container = self.container_mut(&id)?;
+                if !container.paused {
+                    return Err(Fault::new(
+                        Kind::FailedPrecondition,
+                        format!("container {id} is not paused"),
+                    ));
+                }
+                self.ask(ticket, Ask::Resume(id))
+            }
+            Request::Update { container, resources } => {
+                self.alive(&container, "updated")?;
+                self.ask(ticket, Ask::Update(container, resources))
+            }
+            Request::Stats(id) => {
+                self.alive(&id, "measured")?;
+                self.ask(ticket, Ask::Stats(id))
+            }
+            Request::Pids(id) => {
+                if !self.container_mut(&id)?.init.is_alive() {
+                    self.reply(ticket, Ok(Reply::Pids(Vec::new())));
+                    return Ok(());
+                }
+                self.ask(ticket, Ask::Pids(id))
+            }
+            Request::Shutdown => {
+                self.shutdown.push(ticket);
+                self.shut_down_when_empty();
+                Ok(())
+            }
+        }
+    }
+
+    fn ask(&mut self, ticket: Ticket, ask: Ask) -> Result<(), Fault> {
+        self.out.push(Effect::Start(Job::Ask(ticket, ask)));
+        Ok(())
+    }
+
+    fn alive(&mut self, id: &ContainerId, verb: &str) -> Result<(), Fault> {
+        if self.container_mut(id)?.init.is_alive() {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Kind::FailedPrecondition,
+            format!("container {id} is not running and cannot be {verb}"),
+        ))
+    }
+
+    fn running(&mut self, id: &ContainerId, verb: &str) -> Result<(), Fault> {
+        if self.container_mut(id)?.init.phase == Phase::Running {
+            return Ok(());
+        }
+        Err(Fault::new(
+            Kind::FailedPrecondition,
+            format!("container {id} is not running and cannot be {verb}"),
+        ))
+    }
+
+    fn create(&mut self, ticket: Ticket, request: Box<CreateRequest>) -> Result<(), Fault> {
+        if let Machine::Ended(end) = &self.machine {
+            let text = format!("the sandbox's machine has ended: {}", end.reason);
+            return Err(Fault::new(Kind::FailedPrecondition, text));
+        }
+        if self.tearing_down {
+            return Err(Fault::new(Kind::FailedPrecondition, "the sandbox is shutting down"));
+        }
+        if self.containers.contains_key(&request.id) {
+            let text = format!("container {} already exists", request.id);
+            return Err(Fault::new(Kind::AlreadyExists, text));
+        }
+        let phase = Phase::Creating { ticket, prepared: false, killed: false };
+        let init = Process::new(phase, request.io.clone());
+        if matches!(self.machine, Machine::Absent) {
+            self.machine = Machine::Booting;
+            self.out.push(Effect::Start(Job::Boot(request.clone())));
+        }
+        self.out.push(Effect::Start(Job::Prepare(request.clone())));
+        let container = Container { request: request.clone(), init, execs: BTreeMap::new(), paused: false };
+        self.containers.insert(request.id, container);
+        Ok(())
+    }
+
+    fn start(&mut self, ticket: Ticket, key: &ProcessKey) -> Result<(), Fault> {
+        let paused = self.container_mut(&key.container)?.paused;
+        let init_runs = self.container_mut(&key.container)?.init.phase == Phase::Running;
+        let process = self.find(key)?;
+        let job = match (&mut process.phase, &key.exec) {
+            (Phase::Created, None) => Job::GuestStart(key.container.clone()),
+            (Phase::Added { .. }, _) if !init_runs => {
+                return Err(not_now(key, "its container is not running"));
+            }
+            (Phase::Added { .. }, _) if paused => return Err(not_now(key, "its container is paused")),
+            (Phase::Added { process: spec, size }, _) => Job::GuestExec {
+                key: key.clone(),
+                io: process.io.clone(),
+                process: std::mem::take(spec),
+                size: *size,
+            },
+            (Phase::Starting { .. } | Phase::Running, _) => {
+                return Err(not_now(key, "it was started already"));
+            }
+            (Phase::Draining | Phase::Stopped, _) => return Err(not_now(key, "it has ended")),
+            _ => return Err(not_now(key, "it is not ready")),
+        };
+        process.phase = Phase::Starting { ticket };
+        self.out.push(Effect::Start(job));
+        Ok(())
+    }
+
+    fn exec(
+        &mut self,
+        ticket: Ticket,
+        container: ContainerId,
+        exec: ExecId,
+        io: Io,
+        process: Vec<u8>,
+    ) -> Result<(), Fault> {
+        let key = ProcessKey { container: container.clone(), exec: Some(exec.clone()) };
+        let owner = self.container_mut(&container)?;
+        if owner.execs.contains_key(&exec) {
+            return Err(Fault::new(Kind::AlreadyExists, format!("{key} already exists")));
+        }
+        if owner.init.phase != Phase::Running {
+            let text = format!("cannot exec in container {container}: it is not running");
+            return Err(Fault::new(Kind::FailedPrecondition, text));
+        }
+        owner.execs.insert(exec, Process::new(Phase::Added { process, size: None }, io));
+        self.out.push(Effect::Publish(Event::ExecAdded(key)));
+        self.reply(ticket, Ok(Reply::Empty));
+        Ok(())
+    }
+
+    fn state(&mut self, ticket: Ticket, key: &ProcessKey) -> Result<(), Fault> {
+        let container = self.container_mut(&key.container)?;
+        let (bundle, paused) = (container.request.bundle.clone(), container.paused);
+        let process = self.find(key)?;
+        let reply = Reply::State {
+            bundle,
+            pid: process.pid,
+            status: status_of(process, paused),
+            io: process.io.clone(),
+            exit: process.exit.filter(|_| !matches!(process.phase, Phase::Draining)),
+        };
+        self.reply(ticket, Ok(reply));
+        Ok(())
+    }
+
+    fn kill(&mut self, ticket: Ticket, key: ProcessKey, signal: u32, all: bool) -> Result<(), Fault> {
+        let process = self.find(&key)?;
+        match &mut process.phase {
+            // The guest has nothing to signal yet; the wish is kept.
+            Phase::Creating { killed, .. } => {
+                *killed |= signal == SIGKILL;
+                self.reply(ticket, Ok(Reply::Empty));
+                Ok(())
+            }
+            Phase::Created | Phase::Starting { .. } | Phase::Running => {
+                if signal == SIGKILL && key.exec.is_none() {
+                    self.out.push(Effect::Arm(Deadline::Killed(key.container.clone())));
+                }
+                self.ask(ticket, Ask::Signal { key, signal, all })
+            }
+            Phase::Added { .. } => Err(Fault::new(Kind::NotFound, format!("{key} was not started"))),
+            _ => Err(already_finished(&key)),
+        }
+    }
+
+    fn wait(&mut self, ticket: Ticket, key: &ProcessKey) -> Result<(), Fault> {
+        let process = self.find(key)?;
+        match (&process.phase, process.exit) {
+            (Phase::Stopped | Phase::Releasing { .. }, Some(exit)) => {
+                self.reply(ticket, Ok(Reply::Exit(exit)))
+            }
+            _ => process.waiters.push(ticket),
+        }
+        Ok(())
+    }
+
+    fn resize(&mut self, ticket: Ticket, key: ProcessKey, width: u32, height: u32) -> Result<(), Fault> {
+        let process = self.find(&key)?;
+        if !process.io.terminal {
+            return Err(Fault::new(Kind::FailedPrecondition, format!("{key} has no terminal")));
+        }
+        if let Phase::Added { size, .. } = &mut process.phase {
+            *size = Some((width, height));
+            self.reply(ticket, Ok(Reply::Empty));
+            return Ok(());
+        }
+        if !process.is_alive() {
+            return Err(already_finished(&key));
+        }
+        self.ask(ticket, Ask::ResizePty(key, width, height))
+    }
+
+    fn delete(&mut self, ticket: Ticket, key: &ProcessKey) -> Result<(), Fault> {
+        let guest = self.machine_lives();
+        let process = self.find(key)?;
+        match (&mut process.phase, process.exit, &key.exec) {
+            (Phase::Releasing { tickets, .. }, _, _) => {
+                tickets.push(ticket);
+                Ok(())
+            }
+            (Phase::Added { .. }, _, Some(exec)) => {
+                let exec = exec.clone();
+                self.container_mut(&key.container)?.execs.remove(&exec);
+                // Never ran: nothing ended, so there is no status to tell but zero (runc's answer too).
+                let exit = ExitInfo { status: 0, at: SystemTime::UNIX_EPOCH };
+                self.reply(ticket, Ok(Reply::Deleted { pid: 0, exit }));
+                Ok(())
+            }
+            (Phase::Stopped, Some(exit), Some(exec)) => {
+                let (exec, pid) = (exec.clone(), process.pid);
+                self.container_mut(&key.container)?.execs.remove(&exec);
+                self.out.push(Effect::Publish(Event::Delete(key.clone(), pid, exit)));
+                self.reply(ticket, Ok(Reply::Deleted { pid, exit }));
+                Ok(())
+            }
+            (Phase::Stopped, Some(_), None) => {
+                process.phase = Phase::Releasing { tickets: vec![ticket], failed: None, preparing: false };
+                self.out.push(Effect::Start(Job::Release { container: key.container.clone(), guest }));
+                Ok(())
+            }
+            _ => Err(Fault::new(
+                Kind::FailedPrecondition,
+                format!("{key} must be stopped before it is deleted"),
+            )),
+        }
+    }
+
+    pub(super) fn shut_down_when_empty(&mut self) {
+        if self.shutdown.is_empty() || self.tearing_down {
+            return;
+        }
+        if self.containers.is_empty() {
+            self.tearing_down = true;
+            self.out.push(Effect::Start(Job::Teardown));
+            return;
+        }
+        // Asked while containers remain: said yes and ignored, as containerd expects of a group's shim.
+        for ticket in std::mem::take(&mut self.shutdown) {
+            self.reply(ticket, Ok(Reply::Empty));
+        }
+    }
+}
+
+fn not_now(key: &ProcessKey, why: &str) -> Fault {
+    Fault::new(Kind::FailedPrecondition, format!("{key} cannot be started: {why}"))
+}
