@@ -14,13 +14,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Parser;
 
 use ctr::{Ctr, Runtime};
 use memory::{Growth, Point};
 use report::{Measure, Report, Unit};
-use rounds::{Bench, Times};
+use rounds::{Bench, Starts, Times};
 use timeline::Span;
 
 const MIB: f64 = (1 << 20) as f64;
@@ -93,10 +93,9 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
         namespace: arguments.namespace.clone(),
         image: arguments.image.clone(),
     });
-    let outcome = measure(arguments, &bench, host, &trace).await;
-    // Also after a failure: what we started ends with us.
+    let mut report = measure(arguments, &bench, host, &trace).await;
+    // After failures too: what we started ends with us.
     let kept = bench.remove_all().await;
-    let mut report = outcome?;
     report.left_behind.extend(kept);
     let pods = host::ask(&arguments.bulkhead, &arguments.config, &arguments.address, "ps")?;
     report.left_behind.extend(bench.left_behind(&pods));
@@ -107,6 +106,7 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     fs::write(folder.join("table.txt"), &table)?;
     fs::write(folder.join("timeline.svg"), drawn)?;
     println!("{table}\n{}: result.json, table.txt, timeline.svg", folder.display());
+    ensure!(report.problems.is_empty(), "not everything could be measured");
     Ok(())
 }
 
@@ -150,25 +150,21 @@ fn replace(file: &Path, text: &str) -> anyhow::Result<()> {
         .with_context(|| format!("cannot write {}", file.display()))
 }
 
-async fn measure(
-    arguments: &Arguments,
-    bench: &Bench,
-    host: host::Host,
-    trace: &Path,
-) -> anyhow::Result<Report> {
+async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: &Path) -> Report {
+    // What fails leaves a gap in the table, not the table undone.
+    let mut problems = Vec::new();
     eprintln!("starts: {} rounds", arguments.rounds);
-    let traced = Traced::set(&arguments.config, trace)?;
-    let starts = bench.starts(arguments.rounds, trace).await?;
-    drop(traced);
+    let mut starts = Starts::default();
+    let outcome = traced_starts(arguments, bench, trace, &mut starts).await;
+    or_gap(&mut problems, "starts", outcome);
     eprintln!("exec: {} rounds", arguments.rounds);
-    let execs = bench.execs(arguments.rounds).await?;
-    let agent = bench.agent_resident().await?;
-    let (mut grown, mut shim_private) = (Vec::new(), Vec::new());
-    for runtime in Runtime::ALL {
-        grown.push(grow(arguments, bench, runtime, &mut shim_private).await?);
-    }
-    let memory_bulkhead = grown.pop().flatten();
-    let memory_runc = grown.pop().flatten();
+    let execs = or_gap(&mut problems, "exec", bench.execs(arguments.rounds).await);
+    let agent = or_gap(&mut problems, "agent", bench.agent_resident().await);
+    let mut shim_private = Vec::new();
+    let memory_runc = grow(arguments, bench, Runtime::Runc, &mut shim_private).await;
+    let memory_runc = or_gap(&mut problems, "memory of runc", memory_runc);
+    let memory_bulkhead = grow(arguments, bench, Runtime::Bulkhead, &mut shim_private).await;
+    let memory_bulkhead = or_gap(&mut problems, "memory of bulkhead", memory_bulkhead);
     let size = |path: &PathBuf| fs::metadata(path).map(|file| file.len() as f64).ok();
     let growth = |pick: fn(&Growth) -> Option<f64>| {
         let of = |growth: &Option<Growth>| growth.as_ref().and_then(pick).into_iter().collect::<Vec<_>>();
@@ -179,12 +175,14 @@ async fn measure(
         Measure { ratio: None, ..Measure::beside(name, Unit::Bytes, &runc, &bulkhead) }
     };
     let counts = arguments.pods.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    let timeline = starts.timeline();
     let Times { runc, bulkhead } = &starts.total;
     let measures = vec![
         Measure::beside("ctr run --rm … true", Unit::Seconds, runc, bulkhead)
             .at_most(1.5, Unit::Seconds)
-            .with_note(stages(&starts.timeline)),
-        Measure::beside("first byte", Unit::Seconds, &starts.first_byte.runc, &starts.first_byte.bulkhead),
+            .with_note(stages(&timeline)),
+        Measure::beside("first byte", Unit::Seconds, &starts.first_byte.runc, &starts.first_byte.bulkhead)
+            .with_note(silence(&starts.silent)),
         Measure::alone("launch to Hello", Unit::Seconds, &starts.launch_to_hello).at_most(0.7, Unit::Seconds),
         Measure::beside("ctr task exec … true", Unit::Seconds, &execs.runc, &execs.bulkhead)
             .at_most(2.0, Unit::TimesRunc),
@@ -206,7 +204,7 @@ async fn measure(
         slope("- of it guest memory", |growth| growth.pss_memfd_per_pod),
         slope("- by MemAvailable", |growth| growth.available_per_pod),
     ];
-    Ok(Report {
+    Report {
         host,
         start_state: "warm cache",
         network: "none",
@@ -215,8 +213,28 @@ async fn measure(
         measures,
         memory_runc,
         memory_bulkhead,
-        timeline: starts.timeline,
+        timeline,
+        problems,
         left_behind: Vec::new(),
+    }
+}
+
+/// The starts, while shims write their spans.
+async fn traced_starts(
+    arguments: &Arguments,
+    bench: &Bench,
+    trace: &Path,
+    starts: &mut Starts,
+) -> anyhow::Result<()> {
+    let _traced = Traced::set(&arguments.config, trace)?;
+    bench.starts(arguments.rounds, trace, starts).await
+}
+
+/// A result, or nothing and the reason among the problems.
+fn or_gap<T: Default>(problems: &mut Vec<String>, what: &str, result: anyhow::Result<T>) -> T {
+    result.unwrap_or_else(|error| {
+        problems.push(format!("{what}: {error:#}"));
+        T::default()
     })
 }
 
@@ -248,6 +266,17 @@ async fn grow(
         bench.remove(id).await?;
     }
     Ok((!points.is_empty()).then(|| Growth::of(points)))
+}
+
+/// Whose output was lost; nothing where none was.
+fn silence(silent: &[&str]) -> String {
+    match silent.len() {
+        0 => String::new(),
+        lost => format!(
+            "the output of {lost} starts never arrived, and they were repeated: {}",
+            silent.join(", ")
+        ),
+    }
 }
 
 /// Which programs a pod's memory belongs to, largest first, where most pods ran.

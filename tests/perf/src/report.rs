@@ -144,6 +144,8 @@ pub(crate) struct Report {
     pub(crate) memory_bulkhead: Option<Growth>,
     /// The stages of the start whose first byte took the median time.
     pub(crate) timeline: Vec<Span>,
+    /// What could not be measured, and why.
+    pub(crate) problems: Vec<String>,
     /// What should be gone and is not.
     pub(crate) left_behind: Vec<String>,
 }
@@ -184,6 +186,9 @@ impl Report {
         for measure in self.measures.iter().filter(|measure| !measure.note.is_empty()) {
             let about = if measure.is_missed() { "why" } else { "note" };
             let _ = writeln!(out, "{about}: {}: {}", measure.name, measure.note);
+        }
+        for problem in &self.problems {
+            let _ = writeln!(out, "NOT MEASURED: {problem}");
         }
         for left in &self.left_behind {
             let _ = writeln!(out, "LEFT BEHIND: {left}");

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use crate::ctr::{Ctr, Run, Runtime};
 use crate::memory;
@@ -35,7 +35,19 @@ pub(crate) struct Starts {
     pub(crate) total: Times,
     pub(crate) first_byte: Times,
     pub(crate) launch_to_hello: Vec<f64>,
-    pub(crate) timeline: Vec<Span>,
+    /// By their time to the first byte.
+    timelines: Vec<(f64, Vec<Span>)>,
+    /// Containers whose output never arrived, by runtime.
+    pub(crate) silent: Vec<&'static str>,
+}
+
+impl Starts {
+    /// The stages of the start whose first byte took the median time.
+    pub(crate) fn timeline(&self) -> Vec<Span> {
+        let mut sorted: Vec<_> = self.timelines.iter().collect();
+        sorted.sort_by(|a, b| a.0.total_cmp(&b.0));
+        sorted.get(sorted.len() / 2).map(|(_, spans)| spans.clone()).unwrap_or_default()
+    }
 }
 
 /// A client and what it has started.
@@ -111,10 +123,13 @@ impl Bench {
         shims.chain(listed).collect()
     }
 
-    /// Whole lives of containers.
-    pub(crate) async fn starts(&self, rounds: usize, trace: &Path) -> anyhow::Result<Starts> {
-        let mut starts = Starts::default();
-        let mut timelines = Vec::new();
+    /// Whole lives of containers. After a failure `starts` holds what was measured before it.
+    pub(crate) async fn starts(
+        &self,
+        rounds: usize,
+        trace: &Path,
+        starts: &mut Starts,
+    ) -> anyhow::Result<()> {
         for runtime in Runtime::ALL {
             // Not counted: it warms the caches for both.
             self.once(runtime, &["true"]).await?;
@@ -125,27 +140,41 @@ impl Bench {
                 starts.total.of(runtime).push(run.total.as_secs_f64());
             }
             for runtime in order(round) {
-                // A file for this start alone; a shim opens it when it starts.
-                if let Err(error) = std::fs::remove_file(trace)
-                    && error.kind() != std::io::ErrorKind::NotFound
-                {
-                    return Err(error).with_context(|| format!("cannot remove {}", trace.display()));
-                }
-                let run = self.once(runtime, &["echo", "x"]).await?;
-                let first = run.first_byte.context("the container printed nothing")?.as_secs_f64();
+                let (run, first) = self.until_heard(runtime, trace, &mut starts.silent).await?;
                 starts.first_byte.of(runtime).push(first);
                 if runtime == Runtime::Bulkhead {
                     let spans = timeline::read(trace)?;
                     starts.launch_to_hello.extend(timeline::between(&spans, "launch", "hello"));
-                    timelines.push((first, around(&run, spans)));
+                    starts.timelines.push((first, around(&run, spans)));
                 }
             }
         }
-        timelines.sort_by(|a, b| a.0.total_cmp(&b.0));
-        if !timelines.is_empty() {
-            starts.timeline = timelines.swap_remove(timelines.len() / 2).1;
+        Ok(())
+    }
+
+    /// A start until its first byte, in seconds. ctr loses the output of a container that ends at once every now and
+    /// then, with either runtime: such a start is repeated, and counted.
+    async fn until_heard(
+        &self,
+        runtime: Runtime,
+        trace: &Path,
+        silent: &mut Vec<&'static str>,
+    ) -> anyhow::Result<(Run, f64)> {
+        const ATTEMPTS: usize = 5;
+        for _ in 0..ATTEMPTS {
+            // A file for this start alone; a shim opens it when it starts.
+            if let Err(error) = std::fs::remove_file(trace)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                return Err(error).with_context(|| format!("cannot remove {}", trace.display()));
+            }
+            let run = self.once(runtime, &["echo", "x"]).await?;
+            if let Some(first) = run.first_byte {
+                return Ok((run, first.as_secs_f64()));
+            }
+            silent.push(runtime.name());
         }
-        Ok(starts)
+        bail!("{ATTEMPTS} containers of {} in a row printed nothing", runtime.name())
     }
 
     /// One more process in a running container.
@@ -214,6 +243,15 @@ mod tests {
         let pods = serde_json::json!([{ "id": ours }, { "id": "somebody's" }]);
         assert_eq!(bench.left_behind(&pods), [format!("state of the pod {ours}")]);
         assert!(bench.left_behind(&serde_json::json!([])).is_empty());
+    }
+
+    #[test]
+    fn the_timeline_is_the_median_starts() {
+        let stage = |name: &str| vec![Span { name: name.into(), start_unix_nanos: 0, end_unix_nanos: 1 }];
+        let mut starts = Starts::default();
+        assert!(starts.timeline().is_empty());
+        starts.timelines = vec![(3.0, stage("slow")), (1.0, stage("fast")), (2.0, stage("median"))];
+        assert_eq!(starts.timeline()[0].name, "median");
     }
 
     #[test]
