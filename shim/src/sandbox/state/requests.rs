@@ -48,13 +48,7 @@ impl Sandbox {
                 self.alive(&id, "measured")?;
                 self.ask(ticket, Ask::Stats(id))
             }
-            Request::Pids(id) => {
-                if !self.container_mut(&id)?.init.is_alive() {
-                    self.reply(ticket, Ok(Reply::Pids(Vec::new())));
-                    return Ok(());
-                }
-                self.ask(ticket, Ask::Pids(id))
-            }
+            Request::Pids(id) => self.pids(ticket, id),
             Request::Shutdown => {
                 self.shutdown.push(ticket);
                 self.shut_down_when_empty();
@@ -86,6 +80,21 @@ impl Sandbox {
             Kind::FailedPrecondition,
             format!("container {id} is not running and cannot be {verb}"),
         ))
+    }
+
+    /// containerd asks when it comes back, and takes a task without pids for one whose creation it never
+    /// saw through: it ends it, and its exit status with it. So only a container that is being created has
+    /// none, and one that has ended is an error, as with runc.
+    fn pids(&mut self, ticket: Ticket, id: ContainerId) -> Result<(), Fault> {
+        let init = &self.container_mut(&id)?.init;
+        let known = match init.phase {
+            Phase::Creating { .. } => Vec::new(),
+            Phase::Draining => vec![(init.pid.unsigned_abs(), String::new())],
+            _ if init.is_alive() => return self.ask(ticket, Ask::Pids(id)),
+            _ => return Err(Fault::new(Kind::FailedPrecondition, format!("container {id} has ended"))),
+        };
+        self.reply(ticket, Ok(Reply::Pids(known)));
+        Ok(())
     }
 
     fn create(&mut self, ticket: Ticket, request: Box<CreateRequest>) -> Result<(), Fault> {
@@ -230,6 +239,15 @@ impl Sandbox {
         match (&mut process.phase, process.exit, &key.exec) {
             (Phase::Releasing { tickets, .. }, _, _) => {
                 tickets.push(ticket);
+                Ok(())
+            }
+            // Whoever asked for it has gone: a containerd that came back takes back what it did not finish.
+            (Phase::Creating { .. }, _, _) => {
+                let text = format!("container {} was deleted while it was being created", key.container);
+                self.fail_create(&key.container, Fault::new(Kind::FailedPrecondition, text));
+                if let Phase::Releasing { tickets, .. } = &mut self.find(key)?.phase {
+                    tickets.push(ticket);
+                }
                 Ok(())
             }
             (Phase::Added { .. }, _, Some(exec)) => {

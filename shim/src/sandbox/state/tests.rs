@@ -341,6 +341,30 @@ fn t8_a_silent_guest_still_has_a_process() {
     assert_eq!(world.reply(pids), &Ok(Reply::Pids(vec![(42, String::new())])));
 }
 
+#[test]
+fn a_container_that_is_deleted_while_it_is_created_is_taken_back() {
+    let mut world = World::default();
+    let created = world.ask(create("c"));
+    let pids = world.ask(Request::Pids(id("c")));
+    assert_eq!(world.reply(pids), &Ok(Reply::Pids(Vec::new())));
+    let deleted = world.ask(Request::Delete(key("c", "")));
+    world.wind_up();
+    assert_eq!(world.reply(created).as_ref().unwrap_err().kind, Kind::FailedPrecondition);
+    assert_eq!(world.reply(deleted).as_ref().unwrap_err().kind, Kind::NotFound);
+    assert!(world.sandbox.containers.is_empty());
+}
+
+#[test]
+fn a_container_that_has_ended_is_not_one_without_pids() {
+    let mut world = World::running("c");
+    world.feed(Input::GuestExit(key("c", ""), exit(23)));
+    let draining = world.ask(Request::Pids(id("c")));
+    assert_eq!(world.reply(draining), &Ok(Reply::Pids(vec![(42, String::new())])));
+    world.feed(Input::StreamsClosed(key("c", "")));
+    let stopped = world.ask(Request::Pids(id("c")));
+    assert_eq!(world.reply(stopped).as_ref().unwrap_err().kind, Kind::FailedPrecondition);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Ask(Request),
