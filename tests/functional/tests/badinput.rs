@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("badinput::host_without_qemu", OWN_CONFIG, host_without_qemu),
     Test::bulkhead("badinput::kernel_that_does_not_boot", OWN_CONFIG, kernel_that_does_not_boot),
     Test::bulkhead("badinput::memory_too_small_to_boot", OWN_CONFIG, memory_too_small_to_boot),
+    Test::bulkhead("badinput::config_of_runtime_options", OWN_CONFIG, config_of_runtime_options),
     Test::bulkhead("badinput::annotation_not_allowed", OWN_CONFIG, annotation_not_allowed),
     Test::bulkhead("badinput::annotation_allowed", OWN_CONFIG, annotation_allowed),
     Test::bulkhead("badinput::host_network_is_refused", NO_HOST, host_network_is_refused),
@@ -163,6 +164,21 @@ fn memory_too_small_to_boot(t: &mut Context) -> Result<()> {
         "at least",
         "MiB of memory to boot",
     ])?;
+    Ok(())
+}
+
+/// `--runtime-config-path` names a file that is read in place of the usual one.
+fn config_of_runtime_options(t: &mut Context) -> Result<()> {
+    t.set_config("sandbox", "memory_mib", 300.into())?;
+    let usual = config_path(t);
+    let other = t.write("other.toml", std::fs::read_to_string(&usual)?)?;
+    t.write_config("[hypervisor]\nkernel = \"/no/such/vmlinux\"\n")?;
+    let flags = ["--runtime-config-path", &other.display().to_string()];
+    let total: u64 =
+        t.run_ok(&flags, &["awk", "/MemTotal/{print int($2/1024)}", "/proc/meminfo"])?.parse()?;
+    anyhow::ensure!((300..=428).contains(&total), "the guest has {total} MiB");
+    let bad = t.write("bad.toml", "[sandbox]\nmemory = 1\n")?.display().to_string();
+    refused(t, &["--runtime-config-path", &bad])?.expect_stderr(&[&format!("{bad}:2"), "sandbox.memory"])?;
     Ok(())
 }
 

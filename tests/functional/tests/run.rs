@@ -29,6 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("run::hook_start_container", hook_start_container),
     Test::common("run::namespaces_are_its_own", namespaces_are_its_own),
     Test::common("run::cgroup_namespace", cgroup_namespace),
+    Test::common("run::runtime_by_path", runtime_by_path),
     Test::common("run::twenty_at_once", twenty_at_once),
     Test::bulkhead(
         "run::kernel_is_the_guests",
@@ -289,11 +290,22 @@ fn cgroup_namespace(t: &mut Context) -> Result<()> {
     Ok(())
 }
 
+/// containerd takes an absolute path in place of a runtime's name.
+fn runtime_by_path(t: &mut Context) -> Result<()> {
+    let name =
+        if t.settings().is_bulkhead() { "containerd-shim-bulkhead-v2" } else { "containerd-shim-runc-v2" };
+    let path = t.settings().program(name)?;
+    let run = t.ctr().args(["run", "--rm", "--runtime"]).arg(path).args([harness::IMAGE, "c", "echo", "hi"]);
+    let output = run.output()?.ok()?;
+    ensure!(output.out() == "hi", "{output}");
+    Ok(())
+}
+
 fn twenty_at_once(t: &mut Context) -> Result<()> {
     let ids: Vec<String> = (0..20).map(|n| format!("c{n}")).collect();
     let script = |id: &str| format!("echo hello from {id}; exit {}", id.len());
     let running: Result<Vec<_>> =
-        ids.iter().map(|id| t.run(&["--rm"], id, &["sh", "-c", &script(id)]).deadline(400).spawn()).collect();
+        ids.iter().map(|id| t.run(&["--rm"], id, &["sh", "-c", &script(id)]).deadline(600).spawn()).collect();
     for (proc, id) in running?.into_iter().zip(&ids) {
         let output = proc.wait()?.expect_code(id.len() as i32)?;
         ensure!(output.out() == format!("hello from {id}"), "{output}");

@@ -198,16 +198,18 @@ disabled_plugins = [
     }
 
     /// Writes the configuration that the suite was given, or an empty one. A guest gets more time to boot
-    /// than users grant it: the machine that tests is often busy, and a slow boot is not what is tested.
+    /// and to answer than users grant it: the machine that tests is often busy, and that is not what is tested.
     pub(crate) fn reset_bulkhead_config(&self) -> Result<()> {
         let text = match &self.settings.config {
             Some(path) => fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?,
             None => String::new(),
         };
         let mut table: toml::Table = text.parse().context("parse the suite's configuration")?;
-        let hypervisor = table.entry("hypervisor").or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        if let Some(hypervisor) = hypervisor.as_table_mut() {
-            hypervisor.entry("boot_timeout_seconds").or_insert(300.into());
+        for (section, key) in [("hypervisor", "boot_timeout_seconds"), ("agent", "request_timeout_seconds")] {
+            let section = table.entry(section).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+            if let Some(section) = section.as_table_mut() {
+                section.entry(key).or_insert(600.into());
+            }
         }
         fs::write(self.bulkhead_config(), table.to_string()).context("write bulkhead.toml")
     }
