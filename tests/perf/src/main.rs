@@ -160,11 +160,12 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
     eprintln!("exec: {} rounds", arguments.rounds);
     let execs = or_gap(&mut problems, "exec", bench.execs(arguments.rounds).await);
     let agent = or_gap(&mut problems, "agent", bench.agent_resident().await);
-    let mut shim_private = Vec::new();
-    let memory_runc = grow(arguments, bench, Runtime::Runc, &mut shim_private).await;
-    let memory_runc = or_gap(&mut problems, "memory of runc", memory_runc);
-    let memory_bulkhead = grow(arguments, bench, Runtime::Bulkhead, &mut shim_private).await;
-    let memory_bulkhead = or_gap(&mut problems, "memory of bulkhead", memory_bulkhead);
+    let (mut idle_runc, mut idle) = (Idle::default(), Idle::default());
+    let outcome = grow(arguments, bench, Runtime::Runc, &mut idle_runc).await;
+    or_gap(&mut problems, "memory of runc", outcome);
+    let outcome = grow(arguments, bench, Runtime::Bulkhead, &mut idle).await;
+    or_gap(&mut problems, "memory of bulkhead", outcome);
+    let (memory_runc, memory_bulkhead) = (idle_runc.growth(), idle.growth());
     let size = |path: &PathBuf| fs::metadata(path).map(|file| file.len() as f64).ok();
     let growth = |pick: fn(&Growth) -> Option<f64>| {
         let of = |growth: &Option<Growth>| growth.as_ref().and_then(pick).into_iter().collect::<Vec<_>>();
@@ -186,8 +187,10 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
         Measure::alone("launch to Hello", Unit::Seconds, &starts.launch_to_hello).at_most(0.7, Unit::Seconds),
         Measure::beside("ctr task exec … true", Unit::Seconds, &execs.runc, &execs.bulkhead)
             .at_most(2.0, Unit::TimesRunc),
+        Measure { ratio: None, ..Measure::beside("processor time of a start", Unit::Seconds, &idle_runc.cpu, &idle.cpu) }
+            .with_note("of the pod's processes until its command runs; other work on the machine changes it little"),
         Measure::alone("shim program", Unit::Bytes, &Vec::from_iter(size(&arguments.shim))).at_most(8.0 * MIB, Unit::Bytes),
-        Measure::alone("shim private memory", Unit::Bytes, &shim_private)
+        Measure::alone("shim private memory", Unit::Bytes, &idle.shim_private)
             .at_most(12.0 * MIB, Unit::Bytes)
             .with_note("of the shims of idle pods; pages of the program that they share are not counted"),
         Measure::alone("agent resident", Unit::Bytes, &Vec::from_iter(agent))
@@ -238,34 +241,47 @@ fn or_gap<T: Default>(problems: &mut Vec<String>, what: &str, result: anyhow::Re
     })
 }
 
-/// Memory over the number of idle pods; the private memory of each shim of bulkhead goes to `shim_private`.
-async fn grow(
-    arguments: &Arguments,
-    bench: &Bench,
-    runtime: Runtime,
-    shim_private: &mut Vec<f64>,
-) -> anyhow::Result<Option<Growth>> {
-    let mut points = Vec::new();
+/// What idle pods of one runtime showed.
+#[derive(Default)]
+struct Idle {
+    points: Vec<Point>,
+    /// Processor seconds of each start.
+    cpu: Vec<f64>,
+    /// Private memory of each shim, where most pods ran.
+    shim_private: Vec<f64>,
+}
+
+impl Idle {
+    fn growth(&self) -> Option<Growth> {
+        (!self.points.is_empty()).then(|| Growth::of(self.points.clone()))
+    }
+}
+
+/// Starts ever more pods and measures them idle. After a failure `idle` holds what was measured before it.
+async fn grow(arguments: &Arguments, bench: &Bench, runtime: Runtime, idle: &mut Idle) -> anyhow::Result<()> {
     let mut ids = Vec::new();
     for pods in &arguments.pods {
         eprintln!("memory: {pods} idle pods of {}", runtime.name());
         while ids.len() < *pods {
             ids.push(bench.detached(runtime).await?);
+            idle.cpu.push(memory::cpu_seconds(&families(bench, &ids[ids.len() - 1..])));
         }
         // Not a wait for something: being left alone is what is measured.
         tokio::time::sleep(Duration::from_secs(arguments.idle_seconds)).await;
-        let shims = bench.shims(&ids);
-        let family: Vec<u32> = shims.iter().flat_map(|pid| memory::family(*pid)).collect();
-        points.push(Point { pods: *pods, usage: memory::usage(&family), mem_available: memory::available() });
-        if runtime == Runtime::Bulkhead && Some(pods) == arguments.pods.last() {
-            shim_private
-                .extend(shims.iter().filter_map(|pid| memory::private(*pid).ok()).map(|bytes| bytes as f64));
-        }
+        let usage = memory::usage(&families(bench, &ids));
+        idle.points.push(Point { pods: *pods, usage, mem_available: memory::available() });
+        let private = |pid: &u32| memory::private(*pid).ok().map(|bytes| bytes as f64);
+        idle.shim_private = bench.shims(&ids).iter().filter_map(private).collect();
     }
     for id in &ids {
         bench.remove(id).await?;
     }
-    Ok((!points.is_empty()).then(|| Growth::of(points)))
+    Ok(())
+}
+
+/// The shims of these containers and everything below them.
+fn families(bench: &Bench, ids: &[String]) -> Vec<u32> {
+    bench.shims(ids).into_iter().flat_map(memory::family).collect()
 }
 
 /// Whose output was lost; nothing where none was.

@@ -86,6 +86,23 @@ pub(crate) fn family(pid: u32) -> Vec<u32> {
     found
 }
 
+/// The processor time of all these processes and of the children that they have waited for, in seconds.
+pub(crate) fn cpu_seconds(pids: &[u32]) -> f64 {
+    pids.iter()
+        .map(|pid| ticks(&fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default()))
+        .sum::<u64>() as f64
+        / TICKS_PER_SECOND
+}
+
+/// USER_HZ of every architecture that we build for.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// utime, stime, cutime and cstime (proc_pid_stat(5)), which follow the name in parentheses.
+fn ticks(stat: &str) -> u64 {
+    let fields = stat.rsplit(") ").next().unwrap_or_default();
+    fields.split(' ').skip(11).take(4).filter_map(|field| field.parse::<u64>().ok()).sum()
+}
+
 /// The memory of all these processes.
 pub(crate) fn usage(pids: &[u32]) -> Usage {
     let mut usage = Usage::default();
@@ -182,6 +199,12 @@ mod tests {
         let seen = "AnonPages: 3000 kB\nMapped: 2000 kB\nRssAnon: 100 kB\nRssFile: 800 kB\nRssShmem: 0 kB\n";
         assert_eq!(agent_resident(seen), Some(4100 << 10));
         assert_eq!(agent_resident(""), None);
+    }
+
+    #[test]
+    fn processor_time_is_found_behind_a_name_with_blanks() {
+        assert_eq!(ticks("7 (a ) b) S 1 1 1 0 -1 4 0 0 0 0 100 20 3 4 20 0"), 127);
+        assert_eq!(ticks(""), 0);
     }
 
     #[test]
