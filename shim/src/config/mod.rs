@@ -152,7 +152,7 @@ impl Default for Hypervisor {
             qemu: "qemu-system-x86_64".into(),
             virtiofsd: "virtiofsd".into(),
             vhost_device_vsock: "vhost-device-vsock".into(),
-            boot_timeout_seconds: 30,
+            boot_timeout_seconds: 60,
         }
     }
 }

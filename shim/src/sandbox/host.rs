@@ -35,8 +35,10 @@ use crate::{
     trace,
 };
 
-/// How long the guest may take to write everything out when its sandbox ends.
-const GOODBYE: Duration = Duration::from_secs(2);
+/// How long the guest may take to write out what is left when its sandbox ends. Little can be left: every
+/// container was deleted before. With what follows it must stay below the 3 s that containerd gives a
+/// Shutdown, after which it calls `delete` for a sandbox that is still being taken back.
+const GOODBYE: Duration = Duration::from_millis(500);
 /// How long a machine may outlive its agent: a panic takes a moment to be told.
 const AGENT_GONE: Duration = Duration::from_secs(2);
 
