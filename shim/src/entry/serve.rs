@@ -96,6 +96,9 @@ async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> R
 
     tokio::spawn(end_on_signal(handle));
     driver.run().await;
+    // At once: what is left to do is to tell containerd, and whoever ends this process meanwhile would leave
+    // the socket.
+    let _ = std::fs::remove_file(&flags.socket);
 
     let _ = tokio::time::timeout(LAST_EVENTS, drained).await;
     let _ = tokio::time::timeout(LAST_ANSWERS, server.shutdown()).await;
