@@ -7,10 +7,10 @@
 //! is touched.
 
 use std::{
-    io::Write,
+    io::{ErrorKind, Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use containerd_shim::Flags;
@@ -21,6 +21,9 @@ use containerd_shim_protos::{
 
 use super::check_flags;
 use crate::{config::Config, error::chain, ledger, sandbox::host::sandbox_dir};
+
+/// How long a connection that nobody accepts may take to be cut. A served one is silent for as long.
+const CUT: Duration = Duration::from_millis(500);
 
 /// 128 + SIGKILL, by convention (contract, D1).
 const STATUS: u32 = 137;
@@ -72,8 +75,21 @@ fn remove_stale_sockets(bundle: &Path, flags: &Flags) {
     let usual = containerd_shim::socket_address(&flags.address, &flags.namespace, &flags.id);
     for address in told.into_iter().chain([usual]) {
         let path = PathBuf::from(address.trim().trim_start_matches("unix://"));
-        if UnixStream::connect(&path).is_err() {
+        if !is_served(&path) {
             let _ = std::fs::remove_file(path);
         }
+    }
+}
+
+/// Whether somebody serves the socket. A child that a killed shim was about to start holds a copy of the
+/// listener for a moment and accepts nothing: a connection to it is cut when it goes.
+fn is_served(path: &Path) -> bool {
+    let Ok(mut stream) = UnixStream::connect(path) else { return false };
+    if stream.set_read_timeout(Some(CUT)).is_err() {
+        return true;
+    }
+    match stream.read(&mut [0]) {
+        Ok(read) => read > 0,
+        Err(error) => matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut),
     }
 }
