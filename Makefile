@@ -1,9 +1,9 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build image kernel parts test lint bench
+.PHONY: help run up down env build image kernel parts test lint bench node node-run node-down
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 run: ## from a fresh clone to a container in its own VM; leaves a private containerd up
 	@scripts/run
@@ -37,3 +37,14 @@ lint: ## rustfmt, clippy, shellcheck
 
 bench: ## times and memory beside runc, as a table and JSON
 	@tests/perf/run
+
+node: ## a shell in a VM whose /dev/kvm is real (emulated SVM); it stays up
+	@tests/node/shell
+
+# As it was typed: make would take the $ of a shell for its own.
+export NODE_COMMAND := $(value CMD)
+node-run: ## run one command there: make node-run CMD='…' (tests/node/run '…' keeps its exit status)
+	@tests/node/run "$$NODE_COMMAND"
+
+node-down: ## end that VM
+	@tests/node/down
