@@ -35,6 +35,7 @@ pub mod ring;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod vsock;
 
 use std::sync::Arc;
 
