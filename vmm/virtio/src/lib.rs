@@ -27,6 +27,8 @@
 //! * **State is plain data**: [`Device::save`] and [`mmio::Transport::save`] answer values that can be
 //!   written down and turned into the same device elsewhere.
 
+pub mod block;
+mod buffers;
 pub mod device;
 pub mod interrupt;
 pub mod metrics;
