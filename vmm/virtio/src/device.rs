@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, rng};
+use crate::{Interrupt, Memory, fs, rng};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -114,6 +114,8 @@ pub trait Device: MutEventSubscriber + Send {
 /// The state of a device as plain data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum DeviceState {
+    /// Of [`crate::fs`].
+    Fs(fs::State),
     /// Of [`crate::rng`].
     Rng(rng::State),
 }
@@ -122,6 +124,7 @@ impl DeviceState {
     /// Where its rings stand, if it was active.
     pub fn rings(&self) -> &[crate::ring::RingState] {
         match self {
+            Self::Fs(state) => &state.rings,
             Self::Rng(state) => &state.rings,
         }
     }
