@@ -30,6 +30,7 @@
 pub mod block;
 mod buffers;
 pub mod device;
+pub mod fs;
 pub mod interrupt;
 pub mod metrics;
 pub mod mmio;
