@@ -12,7 +12,9 @@ use std::{
 
 use bulkhead_hypervisor::{
     Hypervisor, Journal, Machine, MachineEnd,
-    qemu::{Qemu, QemuConfig},
+    builtin::{Builtin, BuiltinConfig, VMM},
+    qemu::{QEMU, Qemu, QemuConfig, VSOCK},
+    share::VIRTIOFSD,
 };
 use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 use nix::unistd::Pid;
@@ -73,8 +75,26 @@ pub fn config() -> QemuConfig {
     }
 }
 
-pub fn backend() -> Qemu {
-    Qemu::new(config())
+/// Whether the machines here are those of KVM (`BULKHEAD_TEST_BACKEND=kvm`), or emulated.
+pub fn on_kvm() -> bool {
+    match std::env::var("BULKHEAD_TEST_BACKEND").as_deref() {
+        Ok("kvm") => true,
+        Ok("emulation") | Err(_) => false,
+        Ok(other) => panic!("BULKHEAD_TEST_BACKEND is {other:?}: neither kvm nor emulation"),
+    }
+}
+
+pub fn backend() -> Box<dyn Hypervisor> {
+    if on_kvm() {
+        let (vmm, virtiofsd) = (part("BULKHEAD_TEST_VMM"), part("BULKHEAD_TEST_VIRTIOFSD"));
+        return Box::new(Builtin::new(BuiltinConfig { vmm, virtiofsd }));
+    }
+    Box::new(Qemu::new(config()))
+}
+
+/// The programs of a machine, the VMM first.
+pub fn parts() -> &'static [&'static str] {
+    if on_kvm() { &[VMM, VIRTIOFSD] } else { &[QEMU, VIRTIOFSD, VSOCK] }
 }
 
 impl Rig {
@@ -90,10 +110,14 @@ impl Rig {
         let listener = UnixListener::bind(path("vsock_1024")).unwrap();
         let shape = Shape {
             vcpus: 1,
+            max_vcpus: 1,
             memory: SizeMib(256),
+            growth: SizeMib(0),
             cmdline: String::new(),
             share_tag: Some("share".into()),
             blocks: Vec::new(),
+            nets: Vec::new(),
+            spare_slots: 0,
         };
         let bindings = Bindings {
             kernel: part("BULKHEAD_TEST_KERNEL"),
@@ -101,6 +125,7 @@ impl Rig {
             share: Some(path("share")),
             vsock: path("vsock"),
             blocks: Vec::new(),
+            nets: Vec::new(),
             run_dir: dir.path().into(),
         };
         Self { dir, shape, bindings, journal: Recorded::default(), listener }
@@ -111,10 +136,10 @@ impl Rig {
     }
 
     pub async fn boot(&self) -> Running {
-        self.boot_by(&backend()).await
+        self.boot_by(&*backend()).await
     }
 
-    pub async fn boot_by(&self, backend: &Qemu) -> Running {
+    pub async fn boot_by(&self, backend: &dyn Hypervisor) -> Running {
         let started = Instant::now();
         let mut machine = backend.launch(&self.shape, &self.bindings, &self.journal).await.unwrap();
         let launched_after = started.elapsed();
