@@ -52,15 +52,12 @@ start_containerd() {
 
 # wait_ready LOG: return when containerd says in its log that it serves; fail when it ends or is late.
 wait_ready() {
-    local line reader fd ready=
-    exec {fd}< <(exec tail -n +1 -f --pid="$pid" "$1" 2>/dev/null)
+    local reader ended=
+    # A job beside containerd, not a `read` here: only in `wait` does a shell learn that a child has ended.
+    timeout 60 grep -qm 1 "containerd successfully booted" < <(exec tail -n +1 -f "$1" 2>/dev/null) &
     reader=$!
-    while read -r -t 60 line <&"$fd"; do
-        case $line in *"containerd successfully booted"*) ready=yes && break ;; esac
-    done
+    if wait -n -p ended "$reader" "$pid" && [ "$ended" = "$reader" ]; then return; fi
     kill "$reader" 2>/dev/null || true
-    exec {fd}<&-
-    [ -z "$ready" ] || return 0
     tail -n 20 "$1" >&2
     "$top/scripts/end-process" KILL "$pid" 10
     say "containerd did not start (log: $1)"

@@ -4,6 +4,8 @@
 here=$top/tests/node
 # Everything of a node is in this folder and ends with it. The sockets need short paths.
 node=$short/node
+# Where `stage` puts files, on the node's own disk.
+stage=/var/lib/stage
 
 # node_is_up: whether this checkout's node runs; its keeper's pid is then in $keeper.
 node_is_up() {

@@ -503,10 +503,8 @@ fn t13_a_machine_that_dies_is_no_success(t: &mut Context) -> Result<()> {
     let shim = fake.shim("c", &bundle)?;
     shim.create("c", &bundle)?;
     shim.start("c", "")?;
-    let machine = t.process("qemu-system-")?;
-    signal_process(machine.pid, Signal::KILL, |_| {
-        t.process("qemu-system-").is_ok_and(|p| p.pid == machine.pid)
-    })?;
+    let parts = t.parts()?;
+    t.kill_part(&parts[0])?;
     let status = shim.wait("c", "")?;
     ensure!(status == 137 || status == 255, "the status is {status}");
     fake.wait_event(&format!("exit c {status}"), 10)?;

@@ -16,7 +16,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("badinput::config_missing_kernel", OWN_CONFIG, config_missing_kernel),
     Test::bulkhead("badinput::config_missing_image", OWN_CONFIG, config_missing_image),
     Test::bulkhead("badinput::config_missing_programs", OWN_CONFIG, config_missing_programs),
-    Test::bulkhead("badinput::host_without_qemu", OWN_CONFIG, host_without_qemu),
+    Test::bulkhead("badinput::host_without_the_vmm", OWN_CONFIG, host_without_the_vmm),
     Test::bulkhead("badinput::kernel_that_does_not_boot", OWN_CONFIG, kernel_that_does_not_boot),
     Test::bulkhead("badinput::memory_too_small_to_boot", OWN_CONFIG, memory_too_small_to_boot),
     Test::bulkhead("badinput::config_of_runtime_options", OWN_CONFIG, config_of_runtime_options),
@@ -126,8 +126,16 @@ fn config_missing_image(t: &mut Context) -> Result<()> {
     Ok(())
 }
 
+/// The keys of the programs that make a machine here, that of the VMM first.
+fn program_keys(t: &mut Context) -> Result<Vec<&'static str>> {
+    t.start_sleeper(&[], "c")?;
+    let parts = t.parts()?;
+    t.remove("c")?;
+    Ok(parts.iter().map(|part| part.key).collect())
+}
+
 fn config_missing_programs(t: &mut Context) -> Result<()> {
-    for key in ["virtiofsd", "vhost_device_vsock"] {
+    for key in program_keys(t)? {
         let path = format!("/no/such/{key}");
         t.reset_config()?;
         t.set_config("hypervisor", key, path.as_str().into())?;
@@ -136,9 +144,10 @@ fn config_missing_programs(t: &mut Context) -> Result<()> {
     Ok(())
 }
 
-fn host_without_qemu(t: &mut Context) -> Result<()> {
-    t.set_config("hypervisor", "qemu", "qemu-that-is-not-installed".into())?;
-    refused(t, &[])?.expect_stderr(&["qemu-that-is-not-installed", "hypervisor.qemu"])?;
+fn host_without_the_vmm(t: &mut Context) -> Result<()> {
+    let key = program_keys(t)?[0];
+    t.set_config("hypervisor", key, "vmm-that-is-not-installed".into())?;
+    refused(t, &[])?.expect_stderr(&["vmm-that-is-not-installed", &format!("hypervisor.{key}")])?;
     Ok(())
 }
 

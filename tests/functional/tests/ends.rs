@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use harness::{Context, Test, Watcher, signal_process, wait_for_exit};
+use anyhow::{Context as _, Result, ensure};
+use harness::{Context, Part, Test, Watcher, signal_process, stretched, wait_for_exit};
 use rustix::process::Signal;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -16,30 +16,23 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("ends::shim_killed_before_create", shim_killed_before_create),
     Test::common("ends::shim_killed_while_stopping", shim_killed_while_stopping),
     Test::common("ends::containerd_killed_during_exec", containerd_killed_during_exec),
-    Test::bulkhead("ends::qemu_killed_while_running", HELPERS, |t| killed_while_running(t, QEMU)),
-    Test::bulkhead("ends::virtiofsd_killed_while_running", HELPERS, |t| killed_while_running(t, VIRTIOFSD)),
-    Test::bulkhead("ends::vsock_killed_while_running", HELPERS, |t| killed_while_running(t, VSOCK)),
-    Test::bulkhead("ends::qemu_killed_during_exec", HELPERS, |t| killed_during_exec(t, QEMU)),
-    Test::bulkhead("ends::virtiofsd_killed_during_exec", HELPERS, |t| killed_during_exec(t, VIRTIOFSD)),
-    Test::bulkhead("ends::vsock_killed_during_exec", HELPERS, |t| killed_during_exec(t, VSOCK)),
-    Test::bulkhead("ends::qemu_killed_while_stopping", HELPERS, |t| killed_while_stopping(t, QEMU)),
-    Test::bulkhead("ends::qemu_killed_during_boot", HELPERS, |t| killed_during_boot(t, "qemu", QEMU)),
-    Test::bulkhead("ends::virtiofsd_killed_during_boot", HELPERS, |t| {
-        killed_during_boot(t, "virtiofsd", VIRTIOFSD)
+    Test::bulkhead("ends::vmm_killed_while_running", PARTS, |t| killed_while_running(t, 0)),
+    Test::bulkhead("ends::helpers_killed_while_running", PARTS, |t| each_helper(t, killed_while_running)),
+    Test::bulkhead("ends::vmm_killed_during_exec", PARTS, |t| killed_during_exec(t, 0)),
+    Test::bulkhead("ends::helpers_killed_during_exec", PARTS, |t| each_helper(t, killed_during_exec)),
+    Test::bulkhead("ends::vmm_killed_while_stopping", PARTS, |t| part_killed_while_stopping(t, 0)),
+    Test::bulkhead("ends::helpers_killed_while_stopping", PARTS, |t| {
+        each_helper(t, part_killed_while_stopping)
     }),
-    Test::bulkhead("ends::vsock_killed_during_boot", HELPERS, |t| {
-        killed_during_boot(t, "vhost_device_vsock", VSOCK)
-    }),
-    Test::bulkhead("ends::shim_killed_during_boot", HELPERS, |t| killed_during_boot(t, "qemu", SHIM)),
-    Test::bulkhead("ends::containerd_killed_during_boot", HELPERS, containerd_killed_during_boot),
+    Test::bulkhead("ends::vmm_killed_during_boot", PARTS, |t| killed_during_boot(t, 0)),
+    Test::bulkhead("ends::helpers_killed_during_boot", PARTS, |t| each_helper(t, killed_during_boot)),
+    Test::bulkhead("ends::shim_killed_during_boot", PARTS, shim_killed_during_boot),
+    Test::bulkhead("ends::containerd_killed_during_boot", PARTS, containerd_killed_during_boot),
     Test::bulkhead("ends::guest_panic", "runc has no guest", guest_panic),
 ];
 
-const HELPERS: &str = "runc has no such program";
+const PARTS: &str = "a container of runc has no machine";
 const SHIM: &str = "containerd-shim-";
-const QEMU: &str = "qemu-system-";
-const VIRTIOFSD: &str = "virtiofsd";
-const VSOCK: &str = "vhost-device-vsock";
 
 /// Kills the one process of the runtime whose name starts with `name`, and waits until it is gone.
 fn kill(t: &Context, name: &str) -> Result<()> {
@@ -121,7 +114,7 @@ fn shim_killed_during_exec(t: &mut Context) -> Result<()> {
     exec.wait_for_text("up")?;
     kill(t, "containerd-shim-")?;
     let output = exec.wait()?.expect_failure()?;
-    ensure!(output.took < Duration::from_secs(60), "{output}");
+    ensure!(output.took < stretched(Duration::from_secs(60)), "{output}");
     t.ctr_ok(&["container", "delete", "c"])?;
     Ok(())
 }
@@ -153,17 +146,21 @@ fn shim_killed_before_create(t: &mut Context) -> Result<()> {
 }
 
 fn shim_killed_while_stopping(t: &mut Context) -> Result<()> {
-    killed_while_stopping(t, SHIM)
+    killed_while_stopping(t, |t| kill(t, SHIM))
+}
+
+fn part_killed_while_stopping(t: &mut Context, part: usize) -> Result<()> {
+    killed_while_stopping(t, |t| kill_part(t, part).map(drop))
 }
 
 /// Killed between the request to stop and the end.
-fn killed_while_stopping(t: &mut Context, victim: &str) -> Result<()> {
+fn killed_while_stopping(t: &mut Context, kill: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
     let mut events = t.events()?;
     let script = "trap 'while :; do :; done' TERM; echo up; while :; do sleep 1000 & wait; done";
     let run = t.run(&[], "c", &["sh", "-c", script]).spawn()?;
     run.wait_for_text("up")?;
     t.ctr_ok(&["task", "kill", "c"])?;
-    kill(t, victim)?;
+    kill(t)?;
     no_success(events.wait_exit("c", 60)?)?;
     run.wait()?.expect_failure()?;
     clean_up(t)
@@ -190,41 +187,67 @@ fn containerd_killed_during_exec(t: &mut Context) -> Result<()> {
     t.remove("c")
 }
 
-fn killed_while_running(t: &mut Context, victim: &str) -> Result<()> {
+/// The parts of a pod's machine, from one that is started for it.
+fn parts_of_a_pod(t: &mut Context) -> Result<Vec<Part>> {
+    t.start_sleeper(&[], "c")?;
+    let parts = t.parts()?;
+    t.remove("c")?;
+    Ok(parts)
+}
+
+/// Runs a test with the number of each helper: which there are is the backend's business.
+fn each_helper(t: &mut Context, test: fn(&mut Context, usize) -> Result<()>) -> Result<()> {
+    let parts = parts_of_a_pod(t)?;
+    for (number, part) in parts.iter().enumerate().skip(1) {
+        test(t, number).with_context(|| format!("the victim was {}", part.name))?;
+    }
+    Ok(())
+}
+
+/// Kills a part of the pod that runs: 0 is the VMM, then come its helpers.
+fn kill_part(t: &mut Context, number: usize) -> Result<Part> {
+    let part = t.parts()?.get(number).cloned().with_context(|| format!("there is no part {number}"))?;
+    t.kill_part(&part)?;
+    Ok(part)
+}
+
+fn killed_while_running(t: &mut Context, victim: usize) -> Result<()> {
     let mut events = t.events()?;
     let run = t.run(&[], "c", &["sh", "-c", "echo up; sleep 1000"]).spawn()?;
     run.wait_for_text("up")?;
-    kill(t, victim)?;
+    let part = kill_part(t, victim)?;
     no_success(events.wait_exit("c", 60)?)?;
     let output = run.wait()?;
     ensure!([harness::Exit::Code(137), harness::Exit::Code(255)].contains(&output.exit), "{output}");
     let log = t.log();
     ensure!(
-        log.lines().any(|l| l.contains("level=error") && l.contains(victim.trim_end_matches("-system-"))),
-        "no error names it in the log:\n{log}"
+        log.lines().any(|l| l.contains("level=error") && l.contains(&part.name)),
+        "no error names {} in the log:\n{log}",
+        part.name
     );
     clean_up(t)
 }
 
-fn killed_during_exec(t: &mut Context, victim: &str) -> Result<()> {
+fn killed_during_exec(t: &mut Context, victim: usize) -> Result<()> {
     let mut events = t.events()?;
     t.start_sleeper(&[], "c")?;
     let exec = t.exec("c", "e", &["sh", "-c", "echo up; sleep 1000"]).spawn()?;
     exec.wait_for_text("up")?;
-    kill(t, victim)?;
+    kill_part(t, victim)?;
     no_success(events.wait_exit("c", 60)?)?;
     exec.wait()?.expect_failure()?;
     clean_up(t)
 }
 
-/// Puts a doorkeeper before the program of `key`: it says its pid and waits until it is let through, so
+/// Puts a doorkeeper before the program of a part: it says its pid and waits until it is let through, so
 /// that the test knows the moment of the launch without guessing.
-fn doorkeeper(t: &mut Context, key: &str, program: &str) -> Result<(PathBuf, PathBuf)> {
+fn doorkeeper(t: &mut Context, part: &Part) -> Result<(PathBuf, PathBuf)> {
+    t.reset_config()?;
     let config: harness::Toml =
         std::fs::read_to_string(t.node().bulkhead_config())?.parse::<harness::TomlTable>()?.into();
-    let named = config.get("hypervisor").and_then(|h| h.get(key)).and_then(|p| p.as_str());
-    let real = t.settings().program(named.unwrap_or(program))?;
-    let (here, go) = (t.dir().join("here"), t.dir().join("go"));
+    let named = config.get("hypervisor").and_then(|h| h.get(part.key)).and_then(|p| p.as_str());
+    let real = t.settings().program(named.unwrap_or(&part.program))?;
+    let (here, go) = (t.dir().join(format!("{}-here", part.key)), t.dir().join(format!("{}-go", part.key)));
     for fifo in [&here, &go] {
         harness::Run::new("mkfifo").arg(fifo).output()?.ok()?;
     }
@@ -234,45 +257,49 @@ fn doorkeeper(t: &mut Context, key: &str, program: &str) -> Result<(PathBuf, Pat
         go.display(),
         real.display()
     );
-    let keeper = t.write(program, script)?;
+    let keeper = t.write(&part.program, script)?;
     harness::Run::new("chmod").arg("755").arg(&keeper).output()?.ok()?;
-    t.set_config("hypervisor", key, keeper.display().to_string().into())?;
+    t.set_config("hypervisor", part.key, keeper.display().to_string().into())?;
     Ok((here, go))
 }
 
-/// The container is on its way: `key`'s program has been launched and has not yet done anything.
-fn boot_to_the_door(t: &mut Context, key: &str) -> Result<(harness::Proc, u32, PathBuf)> {
-    let program = match key {
-        "qemu" => "qemu-system-x86_64",
-        "virtiofsd" => "virtiofsd",
-        _ => "vhost-device-vsock",
-    };
-    let (here, go) = doorkeeper(t, key, program)?;
-    let run = t.run(&[], "c", &["true"]).spawn()?;
-    let pid = harness::Run::new("cat").arg(&here).deadline(60).output()?.ok()?.out().parse()?;
-    Ok((run, pid, go))
+/// A container that is on its way: the program of `part` has been launched and has not yet done anything.
+struct Door {
+    run: harness::Proc,
+    part: Part,
+    pid: u32,
+    go: PathBuf,
 }
 
-fn killed_during_boot(t: &mut Context, key: &str, victim: &str) -> Result<()> {
-    let (run, pid, _) = boot_to_the_door(t, key)?;
-    if victim == SHIM {
-        kill(t, SHIM)?;
-    } else {
-        let fd = signal_process(pid, Signal::KILL, |pid| t.processes().iter().any(|p| p.pid == pid))?;
-        wait_for_exit(&fd, Duration::from_secs(10))?;
-    }
-    let output = run.wait()?.expect_failure()?;
-    if victim != SHIM {
-        output.expect_stderr(&[victim.trim_end_matches("-system-")])?;
-    }
+fn boot_to_the_door(t: &mut Context, part: usize) -> Result<Door> {
+    let parts = parts_of_a_pod(t)?;
+    let part = parts.get(part).cloned().with_context(|| format!("there is no part {part}"))?;
+    let (here, go) = doorkeeper(t, &part)?;
+    let run = t.run(&[], "c", &["true"]).spawn()?;
+    let pid = harness::Run::new("cat").arg(&here).deadline(60).output()?.ok()?.out().parse()?;
+    Ok(Door { run, part, pid, go })
+}
+
+fn killed_during_boot(t: &mut Context, victim: usize) -> Result<()> {
+    let door = boot_to_the_door(t, victim)?;
+    let fd = signal_process(door.pid, Signal::KILL, |pid| t.processes().iter().any(|p| p.pid == pid))?;
+    wait_for_exit(&fd, Duration::from_secs(10))?;
+    door.run.wait()?.expect_failure()?.expect_stderr(&[&door.part.name])?;
+    clean_up(t)
+}
+
+fn shim_killed_during_boot(t: &mut Context) -> Result<()> {
+    let door = boot_to_the_door(t, 0)?;
+    kill(t, SHIM)?;
+    door.run.wait()?.expect_failure()?;
     clean_up(t)
 }
 
 fn containerd_killed_during_boot(t: &mut Context) -> Result<()> {
-    let (run, _, go) = boot_to_the_door(t, "qemu")?;
+    let door = boot_to_the_door(t, 0)?;
     t.node().kill()?;
-    run.wait()?.expect_failure()?;
-    std::fs::write(&go, "go\n")?;
+    door.run.wait()?.expect_failure()?;
+    std::fs::write(&door.go, "go\n")?;
     t.node().launch()?;
     clean_up(t)
 }

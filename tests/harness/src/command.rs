@@ -16,6 +16,8 @@ use anyhow::{Context as _, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::pace::stretched;
+
 /// How a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -250,7 +252,7 @@ impl Run {
             stdout,
             stderr,
             started,
-            deadline: self.deadline,
+            deadline: stretched(self.deadline),
         })
     }
 
@@ -304,7 +306,7 @@ impl Collector {
     fn finish(&mut self) -> (Vec<u8>, bool) {
         // The reading thread sends nothing: it hangs up.
         let held =
-            self.ended.take().is_some_and(|e| e.recv_timeout(PIPE_GRACE) == Err(RecvTimeoutError::Timeout));
+            self.ended.take().is_some_and(|e| e.recv_timeout(stretched(PIPE_GRACE)) == Err(RecvTimeoutError::Timeout));
         (self.seen.0.lock().unwrap_or_else(|e| e.into_inner()).bytes.clone(), held)
     }
 }
@@ -351,7 +353,10 @@ impl Proc {
 
     /// Waits until `text` is in its standard output; `false` when it ends or `timeout` passes before.
     pub fn saw(&self, text: &str, timeout: Duration) -> bool {
-        let until = Instant::now() + timeout;
+        self.saw_until(text, Instant::now() + stretched(timeout))
+    }
+
+    fn saw_until(&self, text: &str, until: Instant) -> bool {
         let mut seen = self.stdout.seen.0.lock().unwrap_or_else(|e| e.into_inner());
         while !String::from_utf8_lossy(&seen.bytes).contains(text) {
             let left = until.saturating_duration_since(Instant::now());
@@ -365,8 +370,7 @@ impl Proc {
 
     /// As [`Proc::saw`] with the command's own deadline; not seeing it is an error that shows what was said.
     pub fn wait_for_text(&self, text: &str) -> Result<()> {
-        let until = self.started + self.deadline;
-        if !self.saw(text, until.saturating_duration_since(Instant::now())) {
+        if !self.saw_until(text, self.started + self.deadline) {
             let out = String::from_utf8_lossy(&self.stdout_so_far()).into_owned();
             let err = self.stderr.seen.0.lock().unwrap_or_else(|e| e.into_inner());
             let err = String::from_utf8_lossy(&err.bytes).into_owned();
@@ -449,6 +453,7 @@ pub fn signal_process(pid: u32, signal: Signal, still: impl Fn(u32) -> bool) -> 
 
 /// Waits until the process behind `pidfd` has ended.
 pub fn wait_for_exit(pidfd: &OwnedFd, timeout: Duration) -> Result<()> {
+    let timeout = stretched(timeout);
     if !readable(pidfd.as_fd(), timeout)? {
         bail!("the process has not ended within {timeout:?}");
     }

@@ -12,6 +12,7 @@ use crate::events::Events;
 use crate::image::IMAGE;
 use crate::leak::{self, ProcessInfo, Snapshot};
 use crate::node::Node;
+use crate::pace::stretched;
 use crate::pty::Pty;
 use crate::settings::Settings;
 use crate::spec;
@@ -44,7 +45,7 @@ impl<'a> Context<'a> {
         if self.node.pid().is_some() {
             self.left_in_containerd(&mut left)?;
         }
-        left.extend(leak::settle(self.node, &self.before, SETTLING)?);
+        left.extend(leak::settle(self.node, &self.before, stretched(SETTLING))?);
         fs::remove_dir_all(&self.dir).context("remove the test's directory")?;
         if !left.is_empty() {
             bail!("the test left something behind:\n    {}", left.join("\n    "));

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use crate::pace::stretched;
+
 /// One line of `ctr events`.
 #[derive(Clone, Debug)]
 pub struct Event {
@@ -77,7 +79,7 @@ impl Events {
         let mut events = Self { child, lines, namespace: namespace.to_string(), seen: Vec::new() };
         for round in 0..40 {
             mark(round)?;
-            if events.receive(Duration::from_millis(500))?.is_some() {
+            if events.receive(stretched(Duration::from_millis(500)))?.is_some() {
                 events.drain();
                 events.seen.clear();
                 return Ok(events);
@@ -112,12 +114,13 @@ impl Events {
         if let Some(event) = self.seen.iter().find(|e| want(e)) {
             return Ok(event.clone());
         }
-        let until = Instant::now() + Duration::from_secs(seconds);
+        let time = stretched(Duration::from_secs(seconds));
+        let until = Instant::now() + time;
         loop {
             match self.receive(until.saturating_duration_since(Instant::now()))? {
                 Some(event) if want(&event) => return Ok(event),
                 Some(_) => {}
-                None => bail!("waited {seconds} s for {what}; seen: {:?}", self.topics()),
+                None => bail!("waited {time:?} for {what}; seen: {:?}", self.topics()),
             }
         }
     }

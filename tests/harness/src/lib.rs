@@ -1,5 +1,6 @@
 //! Runs a private containerd for a test, drives it with `ctr`, and finds what a test left behind.
-//! Knows containerd and the host; of bulkhead only the names of its programs and of its state directory.
+//! Knows containerd and the host; of bulkhead only the names of its programs, its state directory and what it
+//! tells of itself.
 //!
 //! Each worker thread of a suite has a mount namespace, a network namespace, a `/run` and a containerd of
 //! its own ([`Node`]), so two tests can run at once and each leak is the fault of exactly one of them.
@@ -11,6 +12,8 @@ mod image;
 mod isolate;
 mod leak;
 mod node;
+mod pace;
+mod parts;
 mod pty;
 mod runner;
 mod settings;
@@ -23,6 +26,8 @@ pub use events::{Event, Events};
 pub use image::IMAGE;
 pub use leak::{ProcessInfo, Snapshot};
 pub use node::Node;
+pub use pace::stretched;
+pub use parts::Part;
 pub use pty::Pty;
 pub use runner::{Scope, Test, run_suite, run_suite_without_containerd};
 pub use settings::{Runtime, Settings};

@@ -17,6 +17,7 @@ use rustix::process::{Signal, pidfd_send_signal};
 use crate::command::{Run, open_pidfd, readable, timespec};
 use crate::image::{self, IMAGE};
 use crate::leak;
+use crate::pace::{self, stretched};
 use crate::settings::Settings;
 
 /// How long containerd may take to become ready, and to end.
@@ -147,13 +148,13 @@ impl Node {
     fn end(&mut self, signal: Signal) -> Result<()> {
         let Some(mut daemon) = self.daemon.take() else { return Ok(()) };
         pidfd_send_signal(&daemon.pidfd, signal).ok();
-        let in_time = readable(daemon.pidfd.as_fd(), PATIENCE)?;
+        let in_time = readable(daemon.pidfd.as_fd(), stretched(PATIENCE))?;
         if !in_time {
             pidfd_send_signal(&daemon.pidfd, Signal::KILL).ok();
         }
         daemon.child.wait().context("wait for containerd")?;
         if !in_time {
-            bail!("containerd did not end within {PATIENCE:?} after {signal:?}");
+            bail!("containerd did not end within {:?} after {signal:?}", stretched(PATIENCE));
         }
         Ok(())
     }
@@ -192,7 +193,8 @@ disabled_plugins = [
   level = "debug"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{dir}/opt"
-"#
+{}"#,
+            timeouts()
         );
         fs::write(self.dir.join("containerd.toml"), text).context("write containerd.toml")
     }
@@ -254,6 +256,15 @@ disabled_plugins = [
     }
 }
 
+/// containerd's own deadlines, in seconds as it has them by default, as a table of its configuration.
+fn timeouts() -> String {
+    let defaults = [("shim.load", 5), ("shim.cleanup", 5), ("shim.shutdown", 3), ("task.state", 2)];
+    let lines = defaults.map(|(name, seconds)| {
+        format!("\"io.containerd.timeout.{name}\" = \"{}s\"\n", seconds * pace::factor())
+    });
+    format!("[timeouts]\n{}", lines.concat())
+}
+
 impl Drop for Node {
     fn drop(&mut self) {
         drop(self.end(Signal::TERM));
@@ -277,8 +288,8 @@ impl ReadySocket {
         let mut buffer = [0; 256];
         loop {
             let mut fds = [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(pidfd, PollFlags::IN)];
-            if poll(&mut fds, Some(&timespec(PATIENCE))).context("poll")? == 0 {
-                bail!("nothing heard for {PATIENCE:?}");
+            if poll(&mut fds, Some(&timespec(stretched(PATIENCE)))).context("poll")? == 0 {
+                bail!("nothing heard for {:?}", stretched(PATIENCE));
             }
             let message = fds[0].revents().contains(PollFlags::IN);
             if message {

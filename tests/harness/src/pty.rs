@@ -13,6 +13,7 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::command::{Proc, Run};
+use crate::pace::stretched;
 
 /// The keyboard's and screen's side of a terminal.
 pub struct Pty {
@@ -97,7 +98,8 @@ impl Pty {
 
     /// Waits until what is on the screen satisfies `done`, which `what` describes.
     pub fn wait_until(&self, seconds: u64, what: &str, done: impl Fn(&str) -> bool) -> Result<()> {
-        let until = Instant::now() + Duration::from_secs(seconds);
+        let time = stretched(Duration::from_secs(seconds));
+        let until = Instant::now() + time;
         let mut screen = self.screen.0.lock().unwrap_or_else(|e| e.into_inner());
         loop {
             let text = text(&screen);
@@ -107,7 +109,7 @@ impl Pty {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || screen.ended {
                 let why = if screen.ended { "the terminal was closed" } else { "the time is up" };
-                bail!("waited {seconds} s for {what}: {why}; the screen shows {text:?}");
+                bail!("waited {time:?} for {what}: {why}; the screen shows {text:?}");
             }
             screen = self.screen.1.wait_timeout(screen, left).unwrap_or_else(|e| e.into_inner()).0;
         }

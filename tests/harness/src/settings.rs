@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::pace;
+
 /// The runtime under test.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Runtime {
@@ -42,10 +44,12 @@ impl Settings {
     /// | `BULKHEAD_TEST_PARTS` | directory that holds `containerd-<version>/` and `runc/` | the parts cache |
     /// | `BULKHEAD_TEST_PATH` | directories of bulkhead's programs, as PATH | the debug build |
     /// | `BULKHEAD_TEST_CONFIG` | a config.toml to start from | none |
+    /// | `BULKHEAD_TEST_SLOW` | how many times longer every deadline is | `1` |
     ///
     /// Fails where a program that every test needs is missing, and names it. Without `containerd` the suite
     /// plays containerd itself, and the daemon need not be there.
     pub fn from_env(containerd: bool) -> Result<Self> {
+        pace::read()?;
         let var = |name: &str| env::var(name).ok().filter(|v| !v.is_empty());
         let runtime_name = var("BULKHEAD_TEST_RUNTIME").unwrap_or_else(|| "io.containerd.bulkhead.v2".into());
         let runtime = match runtime_name.as_str() {

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use rustix::fs::inotify;
 
 use crate::command::readable;
+use crate::pace::stretched;
 
 /// Sees what is made in a directory from its own making on.
 pub struct Watcher {
@@ -25,6 +26,7 @@ impl Watcher {
 
     /// Waits until something has been made.
     pub fn wait(&self, timeout: Duration) -> Result<()> {
+        let timeout = stretched(timeout);
         if !readable(self.fd.as_fd(), timeout)? {
             bail!("nothing was made within {timeout:?}");
         }
