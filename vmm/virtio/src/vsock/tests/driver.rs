@@ -182,12 +182,11 @@ impl Guest {
         self.send_raw(end.header(REQUEST), &[]);
         let (id, port) = self.dials.lock().unwrap().pop().expect("a dial");
         assert_eq!(port, HOST_PORT);
-        let (host, stream) = UnixStream::pair().unwrap();
+        let (host, stream) = pair();
         self.bench.device.lock().unwrap().dialed(id, Some(stream));
         let (header, _) = self.next();
         assert_eq!((header.op, header.src_port, header.dst_port), (RESPONSE, HOST_PORT, guest_port));
         end.learn(&header);
-        host.set_nonblocking(true).unwrap();
         (end, host)
     }
 
@@ -281,6 +280,13 @@ impl End {
     pub(super) fn shutdown(&self, guest: &mut Guest, flags: u32) {
         guest.send_raw(Header { flags, ..self.header(SHUTDOWN) }, &[]);
     }
+}
+
+/// The host's end, on which nothing blocks, and the stream for the device.
+pub(super) fn pair() -> (UnixStream, UnixStream) {
+    let (host, stream) = UnixStream::pair().unwrap();
+    host.set_nonblocking(true).unwrap();
+    (host, stream)
 }
 
 /// Reads what there is; `true` at the end of file.

@@ -67,7 +67,7 @@ fn bytes_before_the_answer_are_reset() {
         guest.send_raw(end.header(op), &[]);
         assert_eq!((guest.next_op(), guest.counted("unexpected")), (RST, 1), "{op}");
         let (id, _) = guest.dials.lock().unwrap()[0];
-        let (_host, stream) = UnixStream::pair().unwrap();
+        let (_host, stream) = pair();
         guest.bench.device.lock().unwrap().dialed(id, Some(stream));
         guest.silent();
     }
@@ -178,7 +178,7 @@ fn beyond_the_limits_the_guest_is_refused() {
     assert_eq!((guest.next_op(), guest.counted("crowded")), (RST, 1));
     let dials = std::mem::take(&mut *guest.dials.lock().unwrap());
     for (id, _) in dials {
-        let (host, stream) = UnixStream::pair().unwrap();
+        let (host, stream) = pair();
         guest.bench.device.lock().unwrap().dialed(id, Some(stream));
         assert_eq!(guest.next_op(), RESPONSE);
         hosts.push(host);
@@ -295,8 +295,7 @@ fn perform(guest: &mut Guest, hosts: &mut Vec<UnixStream>, step: Step) {
         }
         Step::Answer(well) => {
             let Some((id, _)) = guest.dials.lock().unwrap().pop() else { return };
-            let (host, stream) = UnixStream::pair().unwrap();
-            host.set_nonblocking(true).unwrap();
+            let (host, stream) = pair();
             hosts.push(host);
             guest.bench.device.lock().unwrap().dialed(id, well.then_some(stream));
         }
