@@ -1,7 +1,7 @@
 //! All connections: how they begin and end, which packet is whose, and whose turn it is.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     os::{
         fd::{AsRawFd, RawFd},
@@ -13,15 +13,17 @@ use std::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{
-    DIAL_LIMIT, Dialer, HOST_CID, Metrics, NARROW_WINDOW, RESET_LIMIT, STREAM_LIMIT, WIDE_STREAMS,
-    WIDE_WINDOW,
-    packet::{CREDIT_REQUEST, CREDIT_UPDATE, HEADER, Header, REQUEST, RESPONSE, RST, RW, SHUTDOWN, STREAM},
-    stream::{Fault, Phase, Ports, Stream, Watched},
+    Dialer, Metrics, NARROW_WINDOW, STREAM_LIMIT, WIDE_STREAMS, WIDE_WINDOW,
+    packet::{HEADER, Header},
+    socket::Watched,
+    stream::{Phase, Ports, Stream},
 };
 use crate::{
     Memory,
-    ring::{Chain, RingError, total},
+    ring::{Chain, RingError},
 };
+
+mod inbound;
 
 /// What names the listener in the epoll set; connections are named from 1 on.
 const LISTENER: u64 = 0;
@@ -39,6 +41,8 @@ pub(super) struct Hub {
     streams: BTreeMap<u64, Stream>,
     /// Those that the guest knows of.
     names: BTreeMap<Ports, u64>,
+    /// Those that the dialer was asked for and did not answer, given up by the guest or not.
+    dials: BTreeSet<u64>,
     /// Those with something for the guest, in the order of their turns.
     ready: VecDeque<u64>,
     /// Refusals of packets that belong to no connection.
@@ -70,6 +74,7 @@ impl Hub {
             epoll,
             streams: BTreeMap::new(),
             names: BTreeMap::new(),
+            dials: BTreeSet::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
             last_name: LISTENER,
@@ -84,7 +89,7 @@ impl Hub {
         self.epoll.as_raw_fd()
     }
 
-    /// Drops every connection.
+    /// Drops every connection. The dialer goes on with what it was asked for, so that still counts.
     pub(super) fn clear(&mut self) {
         self.streams.clear();
         self.names.clear();
@@ -219,9 +224,9 @@ impl Hub {
 
     /// The dialer's answer.
     pub(super) fn dialed(&mut self, name: u64, socket: Option<UnixStream>) {
-        let Some(stream) = self.streams.get_mut(&name).filter(|s| s.phase == Phase::Dialing) else {
-            return; // The guest gave up meanwhile.
-        };
+        let asked = self.dials.remove(&name);
+        let stream = self.streams.get_mut(&name).filter(|s| asked && s.phase == Phase::Dialing);
+        let Some(stream) = stream else { return }; // The guest gave up meanwhile.
         let watched = socket.and_then(|s| Watched::new(s, self.epoll.clone(), name).ok());
         match watched {
             Some(watched) => {
@@ -236,156 +241,9 @@ impl Hub {
         self.serve(name);
     }
 
-    /// Whether a packet of the guest's can be taken: it may cost a refusal.
-    pub(super) fn has_room(&self) -> bool {
-        self.resets.len() < RESET_LIMIT
-    }
-
     /// Whether buffers of the guest's are of use.
     pub(super) fn wants_buffers(&self) -> bool {
         !self.resets.is_empty() || !self.ready.is_empty()
-    }
-
-    /// Takes a packet of the guest's.
-    pub(super) fn take(&mut self, memory: &Memory, chain: &Chain) -> Result<(), RingError> {
-        self.metrics.packets_from_guest.increment();
-        let mut bytes = [0; HEADER];
-        let present = chain.read(memory, 0, &mut bytes)?;
-        let header = Header::parse(&bytes);
-        let carried = total(&chain.readable).saturating_sub(HEADER as u64);
-        if present < HEADER || u64::from(header.len) > carried {
-            self.metrics.malformed.increment();
-            return Ok(());
-        }
-        if header.src_cid != self.cid {
-            self.metrics.wrong_source.increment();
-            return Ok(());
-        }
-        let refused = if header.dst_cid != HOST_CID {
-            Some(&self.metrics.wrong_destination)
-        } else if header.kind != STREAM {
-            Some(&self.metrics.wrong_type)
-        } else {
-            None
-        };
-        if let Some(counter) = refused {
-            counter.increment();
-            self.refuse(&header);
-            return Ok(());
-        }
-        let ports = Ports { host: header.dst_port, guest: header.src_port };
-        match self.names.get(&ports).copied() {
-            Some(name) => self.take_known(name, &header, memory, chain)?,
-            None => self.take_unknown(ports, &header),
-        }
-        Ok(())
-    }
-
-    /// Answers a packet with a RST, unless it is one.
-    fn refuse(&mut self, header: &Header) {
-        if header.op != RST {
-            self.resets.push_back(header.refusal());
-        }
-    }
-
-    fn take_unknown(&mut self, ports: Ports, header: &Header) {
-        match header.op {
-            RST => self.metrics.resets_received.increment(),
-            REQUEST => self.begin(ports, header),
-            RESPONSE..=CREDIT_REQUEST => {
-                self.metrics.unknown_connection.increment();
-                self.refuse(header);
-            }
-            _ => {
-                self.metrics.unknown_operation.increment();
-                self.refuse(header);
-            }
-        }
-    }
-
-    /// The guest opens a connection.
-    fn begin(&mut self, ports: Ports, header: &Header) {
-        let dialing = self.streams.values().filter(|s| s.phase == Phase::Dialing).count();
-        if self.streams.len() >= STREAM_LIMIT || dialing >= DIAL_LIMIT {
-            self.metrics.crowded.increment();
-            return self.refuse(header);
-        }
-        // Without a socket nothing fails.
-        let Ok(name) = self.insert(ports, Phase::Dialing, None) else { return };
-        self.names.insert(ports, name);
-        if let Some(stream) = self.streams.get_mut(&name) {
-            stream.learn_credit(header);
-        }
-        self.dialer.dial(name, ports.host);
-    }
-
-    fn take_known(
-        &mut self,
-        name: u64,
-        header: &Header,
-        memory: &Memory,
-        chain: &Chain,
-    ) -> Result<(), RingError> {
-        let Some(stream) = self.streams.get_mut(&name) else { return Ok(()) };
-        if header.op == RST {
-            self.metrics.resets_received.increment();
-            self.end(name);
-            return Ok(());
-        }
-        if stream.phase == Phase::Dead {
-            return Ok(()); // It crossed the RST.
-        }
-        stream.learn_credit(header);
-        let connected = stream.phase == Phase::Open;
-        let outcome = match header.op {
-            RESPONSE => stream.accepted().inspect(|()| self.metrics.host_connections.increment()),
-            SHUTDOWN if connected => {
-                stream.guest_shutdown(header.flags);
-                Ok(())
-            }
-            SHUTDOWN if stream.phase == Phase::Dialing => {
-                self.end(name);
-                return Ok(());
-            }
-            RW => {
-                let outcome = stream.receive(memory, chain, header.len)?;
-                if outcome.is_ok() {
-                    self.metrics.bytes_from_guest.add(u64::from(header.len));
-                }
-                outcome
-            }
-            CREDIT_UPDATE if connected => Ok(()),
-            CREDIT_REQUEST if connected => {
-                stream.owe_credit();
-                Ok(())
-            }
-            REQUEST..=CREDIT_REQUEST => Err(Fault::Unexpected),
-            _ => {
-                self.metrics.unknown_operation.increment();
-                stream.kill();
-                Ok(())
-            }
-        };
-        if let Err(fault) = outcome {
-            match fault {
-                Fault::Unexpected => self.metrics.unexpected.increment(),
-                Fault::Credit => self.metrics.credit_violations.increment(),
-            }
-            stream.kill();
-        }
-        self.serve(name);
-        Ok(())
-    }
-
-    /// The guest's end is gone.
-    fn end(&mut self, name: u64) {
-        let Some(stream) = self.streams.get_mut(&name) else { return };
-        let ports = stream.ports;
-        if stream.drain() {
-            self.forget_ports(ports, name);
-        } else {
-            self.remove(name);
-        }
     }
 
     /// Writes one packet for the guest into `chain`. Answers its length; `None` if there is none.

@@ -10,8 +10,9 @@
 //! | file | holds |
 //! |---|---|
 //! | `packet.rs` | the header of a packet |
-//! | `stream.rs` | one connection: its phase, both credits, both half-closes |
-//! | `hub.rs` | all connections: who is next, who is unknown, how many there may be |
+//! | `socket.rs` | the host's end of a connection, and its first line |
+//! | `stream.rs` | one connection: its phase, both credits, both half-closes; its packets for the guest |
+//! | `hub.rs` | all connections: who is next, how many there may be; whose the guest's packets are |
 //! | `worker.rs` | the three rings |
 //! | `transfer.rs` | bytes between guest memory and a socket, without a copy of ours |
 //!
@@ -29,6 +30,7 @@ mod hub;
 mod metrics;
 mod packet;
 mod persist;
+mod socket;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -44,7 +46,8 @@ pub use persist::State;
 /// The device is jailed and opens nothing; whoever stands behind this connects in its place.
 pub trait Dialer: Send {
     /// Asks for a stream to the host's `port`. The answer comes by [`Vsock::dialed`] with the same `id`,
-    /// at any later time. Called with the device's lock held: it must not block, nor answer from within.
+    /// at any later time. Each is answered in the end: there are only so many without an answer.
+    /// Called with the device's lock held: it must not block, nor answer from within.
     fn dial(&mut self, id: u64, port: u32);
 }
 

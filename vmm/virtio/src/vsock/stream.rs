@@ -2,29 +2,23 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, ErrorKind, Read, Write},
+    io::{self, ErrorKind, Write},
     net::Shutdown,
-    os::{fd::AsRawFd, unix::net::UnixStream},
-    sync::Arc,
 };
 
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    HOST_CID, PACKET_LIMIT,
-    packet::{
-        CREDIT_REQUEST, CREDIT_UPDATE, HEADER, Header, REQUEST, RESPONSE, RST, RW, SHUTDOWN,
-        SHUTDOWN_RECEIVE, SHUTDOWN_SEND, STREAM,
-    },
+    packet::{HEADER, Header, REQUEST, RESPONSE, SHUTDOWN_RECEIVE, SHUTDOWN_SEND},
+    socket::{Watched, read_greeting},
     transfer,
 };
 use crate::{
     Memory,
-    ring::{Chain, RingError, total},
+    ring::{Chain, RingError},
 };
 
-/// The longest first line of the host's: `CONNECT 4294967295` and its end.
-const GREETING_LIMIT: usize = 19;
+mod outbound;
 
 /// What names a connection: there is one guest and one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,30 +51,6 @@ pub(super) enum Fault {
     Unexpected,
     /// More bytes than it had credit for.
     Credit,
-}
-
-/// A socket in the device's epoll set, edge-triggered; dropped, it leaves the set and is closed.
-#[derive(Debug)]
-pub(super) struct Watched {
-    socket: UnixStream,
-    epoll: Arc<Epoll>,
-}
-
-impl Watched {
-    pub(super) fn new(socket: UnixStream, epoll: Arc<Epoll>, id: u64) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
-        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        epoll.ctl(ControlOperation::Add, socket.as_raw_fd(), EpollEvent::new(events, id))?;
-        Ok(Self { socket, epoll })
-    }
-}
-
-impl Drop for Watched {
-    fn drop(&mut self) {
-        // Closing alone does neither while whoever passed the socket in still holds it.
-        let _ = self.epoll.ctl(ControlOperation::Delete, self.socket.as_raw_fd(), EpollEvent::default());
-        let _ = self.socket.shutdown(Shutdown::Both);
-    }
 }
 
 #[derive(Debug)]
@@ -160,25 +130,13 @@ impl Stream {
         self.hung_up |= events.contains(EventSet::HANG_UP);
     }
 
-    /// Reads the host's first line, byte by byte: what follows it is for the guest.
-    /// Answers the guest's port once it is there; an error closes the connection.
+    /// Reads on in the host's first line. Answers the guest's port once it is there; an error closes the
+    /// connection.
     pub(super) fn read_greeting(&mut self) -> io::Result<Option<u32>> {
-        let (Phase::Greeting(line), Some(watched)) = (&mut self.phase, &self.socket) else {
-            return Ok(None);
-        };
-        let mut byte = [0];
-        loop {
-            match (&watched.socket).read(&mut byte) {
-                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(_) if byte[0] == b'\n' => break,
-                Ok(_) if line.len() == GREETING_LIMIT => return Err(ErrorKind::InvalidData.into()),
-                Ok(_) => line.push(byte[0]),
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(None),
-                Err(e) => return Err(e),
-            }
+        match (&mut self.phase, &self.socket) {
+            (Phase::Greeting(line), Some(watched)) => read_greeting(&watched.socket, line),
+            _ => Ok(None),
         }
-        parse_greeting(line).map(Some).ok_or_else(|| ErrorKind::InvalidData.into())
     }
 
     /// The greeting is read: the guest is asked.
@@ -296,11 +254,11 @@ impl Stream {
         if !self.host_deaf && done < u64::from(len) {
             let mut rest = vec![0; (u64::from(len) - done) as usize];
             chain.read(memory, HEADER as u64 + done, &mut rest)?;
-            if self.waiting.is_empty() {
-                self.waiting = rest.into();
-            } else {
-                self.waiting.extend(rest);
+            if self.waiting.capacity() == 0 {
+                // The window at once, so that it never grows beyond.
+                self.waiting = VecDeque::with_capacity(self.window as usize);
             }
+            self.waiting.extend(rest);
         }
         Ok(Ok(()))
     }
@@ -358,114 +316,10 @@ impl Stream {
                 self.end_told = true;
             }
         }
-        let news = self.forwarded.wrapping_sub(self.told);
-        self.update_owed |= news >= self.window / 4;
-    }
-
-    /// Whether a buffer of the guest's would be of use.
-    pub(super) fn wants_buffer(&self) -> bool {
-        match self.phase {
-            Phase::Dead => true,
-            Phase::Greeting(_) | Phase::Dialing | Phase::Draining => false,
-            Phase::Requested => self.opening.is_some(),
-            Phase::Open => {
-                self.opening.is_some()
-                    || self.update_owed
-                    || self.may_read() && (self.credit() > 0 || !self.credit_asked)
-                    || self.shutdown_owed()
-            }
-        }
-    }
-
-    fn may_read(&self) -> bool {
-        self.socket.is_some() && self.readable && !self.host_ended && !self.guest_deaf
-    }
-
-    fn shutdown_flags(&self) -> u32 {
-        let send = if self.host_ended { SHUTDOWN_SEND } else { 0 };
-        send | if self.host_deaf { SHUTDOWN_RECEIVE } else { 0 }
-    }
-
-    fn shutdown_owed(&self) -> bool {
-        self.shutdown_flags() & !self.shutdown_told != 0
-    }
-
-    /// Writes the next packet for the guest into `chain`, which has room for a header and more.
-    /// Answers the packet's length; `None` if there is none after all.
-    pub(super) fn fill(
-        &mut self,
-        cid: u64,
-        memory: &Memory,
-        chain: &Chain,
-    ) -> Result<Option<u32>, RingError> {
-        let Some((op, flags, len)) = self.next_packet(memory, chain)? else { return Ok(None) };
-        let header = Header {
-            src_cid: HOST_CID,
-            dst_cid: cid,
-            src_port: self.ports.host,
-            dst_port: self.ports.guest,
-            len,
-            kind: STREAM,
-            op,
-            flags,
-            buf_alloc: self.window,
-            fwd_cnt: self.forwarded,
-        };
-        chain.write(memory, 0, &header.bytes())?;
-        self.told = self.forwarded;
-        self.update_owed = false;
-        Ok(Some(HEADER as u32 + len))
-    }
-
-    /// Operation, flags and length of the next packet; data is in its place in the chain already.
-    fn next_packet(&mut self, memory: &Memory, chain: &Chain) -> Result<Option<(u16, u32, u32)>, RingError> {
-        match self.phase {
-            Phase::Dead => return Ok(Some((RST, 0, 0))),
-            Phase::Requested | Phase::Open => {}
-            Phase::Greeting(_) | Phase::Dialing | Phase::Draining => return Ok(None),
-        }
-        if let Some(op) = self.opening.take() {
-            return Ok(Some((op, 0, 0)));
-        }
-        if self.phase == Phase::Requested {
-            return Ok(None);
-        }
-        if let Some(len) = self.read_host(memory, chain)? {
-            return Ok(Some((RW, 0, len)));
-        }
-        if self.shutdown_owed() {
-            self.shutdown_told = self.shutdown_flags();
-            return Ok(Some((SHUTDOWN, self.shutdown_told, 0)));
-        }
-        if self.update_owed {
-            return Ok(Some((CREDIT_UPDATE, 0, 0)));
-        }
-        if self.may_read() && self.credit() == 0 && !self.credit_asked {
-            self.credit_asked = true;
-            return Ok(Some((CREDIT_REQUEST, 0, 0)));
-        }
-        Ok(None)
-    }
-
-    /// Reads from the host behind the place of the header, as much as fits and the guest has room for.
-    fn read_host(&mut self, memory: &Memory, chain: &Chain) -> Result<Option<u32>, RingError> {
-        let room = total(&chain.writable).saturating_sub(HEADER as u64);
-        let limit = room.min(u64::from(self.credit())).min(PACKET_LIMIT);
-        let Some(watched) = self.socket.as_ref().filter(|_| limit > 0 && self.may_read()) else {
-            return Ok(None);
-        };
-        match transfer::from_host(&watched.socket, memory, &chain.writable, HEADER as u64, limit)? {
-            Ok(0) => self.host_ended = true,
-            Ok(n) => {
-                self.sent = self.sent.wrapping_add(n as u32);
-                return Ok(Some(n as u32));
-            }
-            Err(e) if e.kind() == ErrorKind::WouldBlock => self.readable = false,
-            // The host closed without having read everything.
-            Err(_) => (self.host_ended, self.host_deaf) = (true, true),
-        }
-        self.settle();
-        Ok(None)
+        // A quarter of what the guest may send, which Linux bounds by its own window, too. Whatever it has
+        // under way, this is met in the end: where all was taken, or where it may send on anyway.
+        let quarter = (self.window.min(self.guest_window) / 4).max(1);
+        self.update_owed |= self.forwarded.wrapping_sub(self.told) >= quarter;
     }
 
     /// Bytes that it holds for the host.
@@ -473,11 +327,4 @@ impl Stream {
     pub(super) fn held(&self) -> usize {
         self.waiting.capacity()
     }
-}
-
-/// The port in `CONNECT <port>`.
-fn parse_greeting(line: &[u8]) -> Option<u32> {
-    let port = std::str::from_utf8(line).ok()?.strip_prefix("CONNECT ")?;
-    // Digits alone: parse() takes a sign, too.
-    if port.bytes().all(|b| b.is_ascii_digit()) { port.parse().ok() } else { None }
 }
