@@ -124,3 +124,6 @@ fn empty_bounding_set() -> Result<(), JailError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -295,6 +295,45 @@ mod tests {
         }
     }
 
+    /// Set in the process that breaks its filter.
+    const ROLE: &str = "BULKHEAD_TEST_ROLE";
+
+    /// What no thread of any kind may do.
+    fn break_out(kind: &str) -> ! {
+        let kind = match kind {
+            "main" => Kind::Main,
+            "cpu" => Kind::Cpu,
+            _ => Kind::Io,
+        };
+        let filters = Filters::new().expect("handle violations");
+        filters.apply(kind).expect("install the filter");
+        let _ = std::fs::File::open("/etc/passwd");
+        // Reached only by a filter that lets it through, and then the status tells.
+        sys::last_words(b"it opened a file", 0)
+    }
+
+    #[test]
+    fn a_forbidden_call_ends_the_process_and_is_named() {
+        if let Ok(kind) = std::env::var(ROLE) {
+            break_out(&kind);
+        }
+        for kind in ["main", "cpu", "io"] {
+            let ended = std::process::Command::new(std::env::current_exe().expect("this test"))
+                .args([
+                    "--exact",
+                    "seccomp::tests::a_forbidden_call_ends_the_process_and_is_named",
+                    "--nocapture",
+                ])
+                .env(ROLE, kind)
+                .output()
+                .expect("start this test again");
+            let said = String::from_utf8_lossy(&ended.stderr);
+            assert_eq!(ended.status.code(), Some(status::FORBIDDEN), "{kind}: {said}");
+            let expected = format!("forbidden system call openat (257) on a thread of kind {kind}");
+            assert!(said.contains(&expected), "{said}");
+        }
+    }
+
     #[test]
     fn a_line_is_bounded() {
         let mut text = Text::default();

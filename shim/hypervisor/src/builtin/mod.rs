@@ -20,21 +20,23 @@ mod tests;
 
 use std::{
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixListener,
     },
     path::PathBuf,
+    sync::Arc,
 };
 
 use async_trait::async_trait;
 use bulkhead_vmm_spec::{
     Bindings, Shape, SizeMib,
-    wire::{Boot, Identity, Message, NetSlots, Slot, Slots},
+    wire::{Answer, Boot, Command, Identity, Message, NetSlots, Slot, Slots},
 };
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use tokio::task::JoinHandle;
 
-use self::channel::Channel;
+pub use self::broker::CommandError;
+use self::{broker::Broker, channel::Channel};
 use crate::{
     Hypervisor, Journal, LaunchError, Machine, MachineEnd,
     child::{Child, ChildSpec},
@@ -106,6 +108,21 @@ impl Hypervisor for Builtin {
         bindings: &Bindings,
         journal: &dyn Journal,
     ) -> Result<Box<dyn Machine>, LaunchError> {
+        Ok(Box::new(self.launch_builtin(shape, bindings, journal).await?))
+    }
+}
+
+impl Builtin {
+    /// As [`Hypervisor::launch`], and the machine can be told more than other backends' can.
+    ///
+    /// # Errors
+    /// As [`Hypervisor::launch`].
+    pub async fn launch_builtin(
+        &self,
+        shape: &Shape,
+        bindings: &Bindings,
+        journal: &dyn Journal,
+    ) -> Result<BuiltinMachine, LaunchError> {
         files::check(shape, bindings)?;
         let mut parcel = Parcel::default();
         let kvm = parcel.add(files::kvm()?);
@@ -142,13 +159,15 @@ impl Hypervisor for Builtin {
         let (mut vmm, channel) = self.start(stdout)?;
         record(&vmm, journal)?;
         self.boot(&mut vmm, &channel, &boot, &parcel).await?;
-        let attendant = tokio::spawn(broker::attend(channel, bindings.vsock.clone()));
+        let broker = Arc::new(Broker::new(channel, bindings.vsock.clone()));
+        let attendant = tokio::spawn({
+            let broker = broker.clone();
+            async move { broker.attend().await }
+        });
         let family = Family::new(vmm, virtiofsd.into_iter().collect(), console, sockets);
-        Ok(Box::new(BuiltinMachine { family, attendant }))
+        Ok(BuiltinMachine { family, broker, attendant })
     }
-}
 
-impl Builtin {
     /// Starts the program, which waits for its first message.
     fn start(&self, stdout: crate::child::LineSink) -> Result<(Child, Channel), LaunchError> {
         let failed = |e: nix::Error| LaunchError::system("make a control socket", e);
@@ -216,9 +235,20 @@ fn listen(bindings: &Bindings) -> Result<UnixListener, LaunchError> {
 }
 
 /// A VMM, its helpers, and the task that serves its events.
-struct BuiltinMachine {
+pub struct BuiltinMachine {
     family: Family,
+    broker: Arc<Broker>,
     attendant: JoinHandle<()>,
+}
+
+impl BuiltinMachine {
+    /// Tells the machine to do something; `fds` are what the command's slots name.
+    ///
+    /// # Errors
+    /// It refuses, does not answer, or is gone.
+    pub async fn command(&self, command: Command, fds: &[BorrowedFd<'_>]) -> Result<Answer, CommandError> {
+        self.broker.command(command, fds).await
+    }
 }
 
 #[async_trait]
