@@ -3,7 +3,10 @@
 //! memory to readv(2) and its kin, and to io_uring by way of [`Buffers::iovecs`].
 #![allow(unsafe_code)]
 
-use std::{io, os::fd::AsRawFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, RawFd},
+};
 
 use vm_memory::GuestMemoryBackend;
 
@@ -31,8 +34,14 @@ unsafe impl Send for Buffers {}
 impl Buffers {
     /// The bytes `from..from + len` of `spans`. `None` where those are not all there, lie outside of
     /// memory, or are in more pieces than one call takes.
-    pub(crate) fn new(memory: &Memory, spans: &[Span], mut from: u64, mut len: u64) -> Option<Self> {
-        let mut iovecs = Vec::with_capacity(spans.len().min(IOVECS_LIMIT));
+    pub(crate) fn new<'a>(
+        memory: &Memory,
+        spans: impl IntoIterator<Item = &'a Span>,
+        mut from: u64,
+        mut len: u64,
+    ) -> Option<Self> {
+        let spans = spans.into_iter();
+        let mut iovecs = Vec::with_capacity(spans.size_hint().0.min(IOVECS_LIMIT));
         for span in spans {
             let here = u64::from(span.len);
             if from >= here {
@@ -87,6 +96,24 @@ impl Buffers {
         let (offset, iovecs) = (position(offset)?, self.iovecs());
         // SAFETY: as in `read_at`.
         again(|| unsafe { libc::pwritev(file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32, offset) })
+    }
+
+    /// Fills them from `file`, one frame of a tap (readv); what they have no room for goes to `overflow`,
+    /// because a tap drops it without a word. Answers how many bytes came in all.
+    pub(crate) fn read_from(&mut self, file: RawFd, overflow: &mut [u8]) -> io::Result<usize> {
+        self.iovecs.push(libc::iovec { iov_base: overflow.as_mut_ptr().cast(), iov_len: overflow.len() });
+        let iovecs = self.iovecs();
+        // SAFETY: as in `read_at`; the last one is `overflow`, which is borrowed until the call is over.
+        let result = again(|| unsafe { libc::readv(file, iovecs.as_ptr(), iovecs.len() as i32) });
+        self.iovecs.pop();
+        result
+    }
+
+    /// Writes them to `file`, one frame of a tap (writev). Answers how many bytes went.
+    pub(crate) fn write_to(&self, file: RawFd) -> io::Result<usize> {
+        let iovecs = self.iovecs();
+        // SAFETY: as in `read_at`.
+        again(|| unsafe { libc::writev(file, iovecs.as_ptr(), iovecs.len() as i32) })
     }
 }
 

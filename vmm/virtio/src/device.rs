@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, block, rng};
+use crate::{Interrupt, Memory, block, net, rng};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -116,6 +116,8 @@ pub trait Device: MutEventSubscriber + Send {
 pub enum DeviceState {
     /// Of [`crate::block`].
     Block(block::State),
+    /// Of [`crate::net`].
+    Net(net::State),
     /// Of [`crate::rng`].
     Rng(rng::State),
 }
@@ -125,6 +127,7 @@ impl DeviceState {
     pub fn rings(&self) -> &[crate::ring::RingState] {
         match self {
             Self::Block(state) => &state.rings,
+            Self::Net(state) => &state.rings,
             Self::Rng(state) => &state.rings,
         }
     }

@@ -1,7 +1,7 @@
 //! How a device tells its guest that something happened: the status bits and the line.
 //! Knows nothing of rings; the transport reads and clears the bits.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use vmm_sys_util::eventfd::EventFd;
@@ -20,6 +20,8 @@ pub struct Interrupt {
     status: AtomicU32,
     /// ConfigGeneration.
     generation: AtomicU32,
+    /// Somebody else raises the line too, who cannot set the bit.
+    shared: AtomicBool,
     /// Raises the line when written.
     line: EventFd,
 }
@@ -27,7 +29,13 @@ pub struct Interrupt {
 impl Interrupt {
     /// An interrupt that raises the line behind `line` (with KVM: an irqfd).
     pub fn new(line: EventFd) -> Self {
-        Self { pending: AtomicU32::new(0), status: AtomicU32::new(0), generation: AtomicU32::new(0), line }
+        Self {
+            pending: AtomicU32::new(0),
+            status: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+            shared: AtomicBool::new(false),
+            line,
+        }
     }
 
     /// The descriptor of the line, for what raises it without us (vhost).
@@ -54,9 +62,23 @@ impl Interrupt {
         }
     }
 
+    /// From now on until the reset a backend outside of this process (vhost, vhost-user) writes the line
+    /// by itself when it has used buffers, and [`USED_BUFFER`] reads as pending all the time.
+    ///
+    /// A backend has an eventfd and no way to set a bit of InterruptStatus. A driver that is interrupted
+    /// reads the register, acknowledges what it read, and looks at all its rings if the bit is set (Linux:
+    /// vm_interrupt in virtio_mmio.c); a look at a ring where nothing is new does no harm. So the bit may
+    /// be set too often, but must not be missing when the line was raised, and nobody here knows when that
+    /// is. The alternative, to take the backend's eventfd to the event loop, set the bit and write the
+    /// line, costs two wake-ups an interrupt.
+    pub fn share_with_backend(&self) {
+        self.shared.store(true, Ordering::SeqCst);
+    }
+
     /// The bits the guest has not acknowledged.
     pub fn pending(&self) -> u32 {
-        self.pending.load(Ordering::SeqCst)
+        let always = if self.shared.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
+        self.pending.load(Ordering::SeqCst) | always
     }
 
     /// The guest has seen these bits.
@@ -81,6 +103,7 @@ impl Interrupt {
 
     /// Forgets everything, as at the device's reset.
     pub(crate) fn clear(&self) {
+        self.shared.store(false, Ordering::SeqCst);
         self.pending.store(0, Ordering::SeqCst);
         self.status.store(0, Ordering::SeqCst);
     }
@@ -98,5 +121,25 @@ impl Interrupt {
         self.pending.fetch_or(bits, Ordering::SeqCst);
         // It fails only when the counter is at its limit, where the line is up anyway.
         let _ = self.line.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    #[test]
+    fn with_a_backend_the_bit_is_always_there() {
+        let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        assert_eq!(interrupt.pending(), 0);
+        interrupt.share_with_backend();
+        interrupt.acknowledge(USED_BUFFER);
+        assert_eq!(interrupt.pending(), USED_BUFFER);
+        interrupt.config_changed();
+        assert_eq!(interrupt.pending(), USED_BUFFER | CONFIG_CHANGE);
+        interrupt.clear();
+        assert_eq!(interrupt.pending(), 0, "the reset ends it");
     }
 }

@@ -33,6 +33,7 @@ pub mod device;
 pub mod interrupt;
 pub mod metrics;
 pub mod mmio;
+pub mod net;
 pub mod ring;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
