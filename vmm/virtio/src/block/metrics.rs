@@ -11,7 +11,8 @@ counters! {
         read_bytes,
         /// Bytes written to the disk.
         written_bytes,
-        /// Requests to make durable what was written.
+        /// Times that what was written was made durable: on request, or after each write where the driver
+        /// cannot request it.
         flushes,
         /// Ranges discarded.
         discards,

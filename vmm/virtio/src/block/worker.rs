@@ -175,6 +175,7 @@ impl Worker {
                 }
                 (Ok(_), _) if token.sync => {
                     token.sync = false;
+                    self.metrics.flushes.increment();
                     Ok(Some(Job::Sync))
                 }
                 (Ok(_), _) => Ok(None),

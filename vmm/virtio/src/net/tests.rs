@@ -1,4 +1,7 @@
-use std::{io::ErrorKind, os::unix::net::UnixDatagram};
+use std::{
+    io::ErrorKind,
+    os::{fd::AsRawFd, unix::net::UnixDatagram},
+};
 
 use virtio_bindings::{virtio_net::*, virtio_ring::VIRTIO_RING_F_EVENT_IDX};
 
@@ -10,6 +13,7 @@ use crate::{
 
 mod hostile;
 mod kernel;
+mod vhost;
 
 const MAC: [u8; 6] = [0x52, 0, 0, 0, 0, 7];
 const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;

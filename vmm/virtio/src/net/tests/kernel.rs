@@ -5,19 +5,19 @@
 use std::{
     fs::File,
     net::UdpSocket,
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     process::Command,
     time::{Duration, Instant},
 };
 
 use super::*;
 
-const HOST: &str = "192.0.2.1";
-const GUEST: &str = "192.0.2.2";
-const CSUM: u64 = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_GUEST_CSUM;
+pub(super) const HOST: &str = "192.0.2.1";
+pub(super) const GUEST: &str = "192.0.2.2";
+pub(super) const CSUM: u64 = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_GUEST_CSUM;
 
 /// Runs on a thread with a network of its own, which ends with it.
-fn isolated(test: impl FnOnce() + Send + 'static) {
+pub(super) fn isolated(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
         // SAFETY: takes a number; changes the calling thread alone, which ends with the test.
         let result = unsafe { libc::unshare(libc::CLONE_NEWNET) };
@@ -36,7 +36,7 @@ fn run(command: &str) {
 }
 
 /// A tap made with these flags.
-fn tap(flags: libc::c_int, non_blocking: bool) -> File {
+pub(super) fn tap(flags: libc::c_int, non_blocking: bool) -> File {
     let custom = if non_blocking { libc::O_NONBLOCK } else { 0 };
     let file = File::options().read(true).write(true).custom_flags(custom).open("/dev/net/tun");
     let file = file.expect("open /dev/net/tun (these tests need it)");
@@ -50,21 +50,26 @@ fn tap(flags: libc::c_int, non_blocking: bool) -> File {
     file
 }
 
-const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+pub(super) const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
-fn config(tap: File) -> NetConfig {
+pub(super) fn config(tap: File) -> NetConfig {
     NetConfig { tap, mac: MAC, mtu: None, vhost: None }
 }
 
-/// A card on a tap that is up, with the host's address on it and the guest's as a neighbour.
-fn card(features: u64) -> Bench<Net> {
-    let net = Net::new(config(tap(FLAGS, true))).unwrap();
-    assert_eq!(features & !net.features(), 0);
+/// Brings the tap up, with the host's address on it and the guest's as a neighbour.
+pub(super) fn bring_up() {
     // Nothing but the test's frames: no router solicitations.
     std::fs::write("/proc/sys/net/ipv6/conf/tap0/disable_ipv6", "1").unwrap();
     run(&format!("ip addr add {HOST}/24 dev tap0"));
     run("ip link set tap0 up");
     run(&format!("ip neigh add {GUEST} lladdr 52:00:00:00:00:07 dev tap0"));
+}
+
+/// A card on a tap that is up.
+fn card(features: u64) -> Bench<Net> {
+    let net = Net::new(config(tap(FLAGS, true))).unwrap();
+    assert_eq!(features & !net.features(), 0);
+    bring_up();
     let mut bench = Bench::new(net);
     bench.activate(features).unwrap();
     bench.settle();
@@ -99,7 +104,7 @@ fn sum(bytes: &[u8]) -> u16 {
 
 /// A UDP datagram from the guest to the host whose checksum is left to be done, as an Ethernet frame with
 /// its header, and the header saying so.
-fn datagram(host_mac: &[u8], port: u16, payload: &[u8]) -> Vec<u8> {
+pub(super) fn datagram(host_mac: &[u8], port: u16, payload: &[u8]) -> Vec<u8> {
     let udp_len = 8 + payload.len() as u16;
     let mut ip = vec![0x45, 0];
     ip.extend((20 + udp_len).to_be_bytes());
@@ -128,7 +133,7 @@ fn datagram(host_mac: &[u8], port: u16, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-fn host_mac() -> Vec<u8> {
+pub(super) fn host_mac() -> Vec<u8> {
     let out = Command::new("ip").args(["-brief", "link", "show", "tap0"]).output().unwrap();
     let out = String::from_utf8(out.stdout).unwrap();
     let mac = out.split_whitespace().nth(2).unwrap();
