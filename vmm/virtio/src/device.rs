@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, block, fs, rng, vsock};
+use crate::{Interrupt, Memory, block, fs, net, rng, vsock};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -118,6 +118,8 @@ pub enum DeviceState {
     Block(block::State),
     /// Of [`crate::fs`].
     Fs(fs::State),
+    /// Of [`crate::net`].
+    Net(net::State),
     /// Of [`crate::rng`].
     Rng(rng::State),
     /// Of [`crate::vsock`].
@@ -130,6 +132,7 @@ impl DeviceState {
         match self {
             Self::Block(state) => &state.rings,
             Self::Fs(state) => &state.rings,
+            Self::Net(state) => &state.rings,
             Self::Rng(state) => &state.rings,
             Self::Vsock(state) => &state.rings,
         }

@@ -119,3 +119,23 @@ impl Interrupt {
         let _ = self.line.write(1);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    #[test]
+    fn with_a_backend_the_bit_is_always_there() {
+        let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        assert_eq!(interrupt.pending(), 0);
+        interrupt.raised_by_backend();
+        interrupt.acknowledge(USED_BUFFER);
+        assert_eq!(interrupt.pending(), USED_BUFFER);
+        interrupt.config_changed();
+        assert_eq!(interrupt.pending(), USED_BUFFER | CONFIG_CHANGE);
+        interrupt.clear();
+        assert_eq!(interrupt.pending(), 0, "the reset ends it");
+    }
+}

@@ -34,6 +34,7 @@ pub mod fs;
 pub mod interrupt;
 pub mod metrics;
 pub mod mmio;
+pub mod net;
 pub mod ring;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]

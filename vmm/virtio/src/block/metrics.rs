@@ -11,7 +11,8 @@ counters! {
         read_bytes,
         /// Bytes written to the disk.
         written_bytes,
-        /// Requests to make durable what was written.
+        /// Times that what was written was made durable: on request, or after each write where the driver
+        /// cannot request it.
         flushes,
         /// Ranges discarded.
         discards,
@@ -31,6 +32,8 @@ counters! {
         unsupported,
         /// Requests that the host's file refused.
         io_errors,
+        /// Times that as many requests were in flight as can be, and the driver's next ones had to wait.
+        full,
         /// Times that io_uring did not take what was submitted and was asked again.
         retries,
         /// Faults of the driver after which the device asked for its reset.

@@ -198,6 +198,9 @@ fn what_is_flushed_or_written_through_is_there() {
         disk.bench.fill(DATA, &[0x5a; 512]);
         assert_eq!(disk.request(VIRTIO_BLK_T_OUT, 1, &[(DATA, 512, false)]), (VIRTIO_BLK_S_OK, 1));
         assert_eq!(disk.stored(1, 512), [0x5a; 512]);
+        assert_eq!((disk.counted("requests"), disk.counted("flushes")), (1, 1));
+        assert_eq!(disk.request(VIRTIO_BLK_T_IN, 1, &[(DATA, 512, true)]).0, VIRTIO_BLK_S_OK);
+        assert_eq!(disk.counted("flushes"), 1, "reading needs none");
     }
 }
 
@@ -331,6 +334,47 @@ fn paused_nothing_is_in_flight_and_resumed_it_goes_on() {
         disk.bench.device.lock().unwrap().resume();
         assert_eq!(disk.answer(), (head, 513));
     }
+}
+
+/// A disk on which requests are in flight: what is to be made durable takes its time. Answers how many were
+/// offered.
+fn busy() -> (Disk, usize) {
+    for _ in 0..100 {
+        let mut disk = Disk::new(EngineChoice::Auto);
+        for n in 0..8 {
+            disk.bench.fill(DATA, &[n; 4096]);
+            disk.offer(VIRTIO_BLK_T_OUT, 8 * u64::from(n), &[(DATA, 4096, false)]);
+            disk.offer(VIRTIO_BLK_T_FLUSH, 0, &[]);
+            // A header is read when its request is taken, so each has its turn.
+            disk.bench.device.lock().unwrap().run();
+        }
+        if disk.in_flight() > 0 {
+            return (disk, 16);
+        }
+    }
+    panic!("io_uring never had anything in flight");
+}
+
+#[test]
+fn a_pause_answers_what_is_in_flight() {
+    let (mut disk, offered) = busy();
+    disk.bench.device.lock().unwrap().pause();
+    assert_eq!(disk.in_flight(), 0);
+    let answered = std::iter::from_fn(|| disk.bench.rings[0].take_used()).count();
+    assert_eq!(answered, offered);
+    assert_eq!(disk.counted("requests"), offered as u64);
+}
+
+#[test]
+fn a_reset_waits_for_what_is_in_flight_and_answers_nothing() {
+    let (mut disk, offered) = busy();
+    let answered = |disk: &mut Disk| std::iter::from_fn(|| disk.bench.rings[0].take_used()).count();
+    let before = answered(&mut disk);
+    assert!(before < offered);
+    disk.bench.device.lock().unwrap().reset();
+    assert_eq!(disk.in_flight(), 0);
+    disk.bench.settle();
+    assert_eq!(answered(&mut disk), 0, "the ring is the driver's again");
 }
 
 #[test]

@@ -79,6 +79,9 @@ impl Worker {
                 }
             };
             if full {
+                if !engine.has_room() {
+                    self.metrics.full.increment();
+                }
                 // Without room the next job that is done brings the next turn.
                 break engine.has_room();
             }
@@ -156,28 +159,18 @@ impl Worker {
     /// Goes on with a request whose job is done, to its next job or its answer.
     fn follow(&mut self, done: Done<Token>, engine: &mut Engine<Token>) -> Result<(), Broken> {
         let mut next = Some(done);
-        while let Some(Done { mut token, job, result }) = next.take() {
-            let outcome = match (result, job) {
-                (Err(error), _) => Err(error),
-                (Ok(n), Job::Read { buffers, .. } | Job::Write { buffers, .. })
-                    if n == 0 && buffers.len() > 0 =>
-                {
-                    // The file has become shorter than the disk was said to be.
-                    Err(io::ErrorKind::UnexpectedEof.into())
-                }
-                (Ok(n), Job::Read { offset, mut buffers }) if (n as u64) < buffers.len() => {
-                    buffers.advance(n);
-                    Ok(Some(Job::Read { offset: offset + n as u64, buffers }))
-                }
-                (Ok(n), Job::Write { offset, mut buffers }) if (n as u64) < buffers.len() => {
-                    buffers.advance(n);
-                    Ok(Some(Job::Write { offset: offset + n as u64, buffers }))
-                }
-                (Ok(_), _) if token.sync => {
+        while let Some(Done { mut token, mut job, result }) = next.take() {
+            let outcome = match result.map(|n| (n, job.advance(n))) {
+                Err(error) => Err(error),
+                // The file has become shorter than the disk was said to be.
+                Ok((0, left)) if left > 0 => Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((_, left)) if left > 0 => Ok(Some(job)),
+                Ok(_) if token.sync => {
                     token.sync = false;
+                    self.metrics.flushes.increment();
                     Ok(Some(Job::Sync))
                 }
-                (Ok(_), _) => Ok(None),
+                Ok(_) => Ok(None),
             };
             match outcome {
                 Ok(Some(job)) => next = engine.start(job, token),

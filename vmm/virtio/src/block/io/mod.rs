@@ -27,6 +27,20 @@ pub(super) enum Job {
     Zero { offset: u64, len: u64 },
 }
 
+impl Job {
+    /// Leaves `n` bytes behind that were moved. Answers how many are left to move.
+    pub(super) fn advance(&mut self, n: usize) -> u64 {
+        match self {
+            Self::Read { offset, buffers } | Self::Write { offset, buffers } => {
+                buffers.advance(n);
+                *offset += n as u64;
+                buffers.len()
+            }
+            Self::Sync | Self::Punch { .. } | Self::Zero { .. } => 0,
+        }
+    }
+}
+
 /// A job that was done: as far as it got, and what the kernel answered.
 pub(super) struct Done<T> {
     pub(super) token: T,

@@ -153,6 +153,34 @@ fn one_chain_offered_without_end_is_served_within_bounds() {
 }
 
 #[test]
+fn more_than_can_be_in_flight_waits_and_is_served() {
+    let depth = u64::from(QUEUE_SIZE);
+    for _ in 0..100 {
+        let mut disk = Disk::new(EngineChoice::Auto);
+        // A flush takes its time. A driver that does not wait for answers offers twice what there is.
+        let head = disk.offer(VIRTIO_BLK_T_FLUSH, 0, &[]);
+        for n in 1..2 * depth {
+            if n == depth {
+                disk.bench.device.lock().unwrap().run();
+            }
+            disk.bench.rings[0].offer_head(head);
+        }
+        disk.bench.device.lock().unwrap().run();
+        assert!(disk.in_flight() as u64 <= depth);
+        let full = disk.counted("full") > 0;
+        // Nobody kicks any more.
+        for _ in 0..2 * depth {
+            assert_eq!(disk.answer(), (head, 1));
+        }
+        assert_eq!((disk.counted("flushes"), disk.counted("io_errors")), (2 * depth, 0));
+        if full {
+            return;
+        }
+    }
+    panic!("io_uring was never full");
+}
+
+#[test]
 fn a_lying_ring_stops_the_device_until_its_reset() {
     for engine in ENGINES {
         let mut disk = Disk::new(engine);
