@@ -220,6 +220,21 @@ fn a_storm_of_requests_given_up_does_not_reach_the_dialer() {
     guest.connect(GUEST_PORT);
 }
 
+#[test]
+fn connections_given_up_leave_nothing_in_line() {
+    let mut guest = Guest::inactive(BUFFER);
+    guest.bench.activate(0).unwrap();
+    let end = End::new(HOST_PORT, GUEST_PORT);
+    for _ in 0..3 {
+        guest.send_raw(end.header(REQUEST), &[]);
+        let (id, _) = guest.dials.lock().unwrap().pop().unwrap();
+        guest.bench.device.lock().unwrap().dialed(id, None);
+        assert_eq!(guest.held().0, 1, "its RST finds no buffer");
+        guest.send_raw(end.header(RST), &[]);
+        assert_eq!(guest.held().0, 0);
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Packet(Header, usize),
