@@ -165,6 +165,10 @@ impl Hub {
     fn remove(&mut self, name: u64) {
         if let Some(stream) = self.streams.remove(&name) {
             self.forget_ports(stream.ports, name);
+            if stream.queued {
+                // Or a guest without buffers could make the line longer and longer.
+                self.ready.retain(|&n| n != name);
+            }
             // Whoever found no room before may find it now.
             self.may_accept = true;
         }
@@ -277,6 +281,9 @@ impl Hub {
     /// Connections, refusals that wait, and bytes that wait for the host.
     #[cfg(test)]
     pub(super) fn held(&self) -> (usize, usize, usize) {
+        // What is kept beside each connection.
+        let line = self.ready.len().max(self.names.len());
+        assert!(line <= self.streams.len() && self.dials.len() <= super::DIAL_LIMIT);
         (self.streams.len(), self.resets.len(), self.streams.values().map(Stream::held).sum())
     }
 }

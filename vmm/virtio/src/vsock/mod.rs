@@ -16,9 +16,9 @@
 //! | `worker.rs` | the three rings |
 //! | `transfer.rs` | bytes between guest memory and a socket, without a copy of ours |
 //!
-//! * **Credit** (5.10.6.3): the guest may have [`WIDE_WINDOW`] bytes under way that the host has not read,
-//!   on a crowded device [`NARROW_WINDOW`]. They wait here, so this bounds the memory of a connection. The
-//!   other way nothing waits: bytes are read from the host's socket right into the guest's buffer.
+//! * **Credit** (5.10.6.3): the guest may have 256 KiB under way that the host has not read, on a crowded
+//!   device 64 KiB. They wait here, so this bounds the memory of a connection. The other way nothing waits:
+//!   bytes are read from the host's socket right into the guest's buffer.
 //! * **Order**: what the guest wrote before its SHUTDOWN or RST reaches the host before the end of file;
 //!   what the host wrote before it closed reaches the guest before the SHUTDOWN.
 //! * **Fairness**: connections with something for the guest take turns, packet by packet.

@@ -241,13 +241,10 @@ impl Stream {
             && !self.host_deaf
             && let Some(watched) = &self.socket
         {
-            while done < u64::from(len) && self.writable && !self.host_deaf {
-                let (offset, rest) = (HEADER as u64 + done, u64::from(len) - done);
-                match transfer::to_host(&watched.socket, memory, &chain.readable, offset, rest)? {
-                    Ok(n) => done += n,
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => self.writable = false,
-                    Err(_) => self.host_deaf = true,
-                }
+            match transfer::to_host(&watched.socket, memory, &chain.readable, HEADER as u64, len.into())? {
+                Ok(n) => done = n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => self.writable = false,
+                Err(_) => self.host_deaf = true,
             }
         }
         self.forwarded = self.forwarded.wrapping_add(done as u32);

@@ -11,6 +11,10 @@ use crate::{
     ring::{RingError, Span},
 };
 
+/// The most calls for one packet. Linux's packets have 18 pieces at most; a guest that cuts its buffers into
+/// crumbs shall not keep the loop busy with them.
+const PIECES: usize = 64;
+
 /// Reads from the socket into `spans` from byte `offset` on, at most `limit` bytes.
 /// Answers how many there were: 0 at the end of file.
 pub(super) fn from_host(
@@ -34,7 +38,7 @@ pub(super) fn to_host(
     move_bytes(memory, spans, offset, len, |slice| socket.write_volatile(slice))
 }
 
-/// Moves piece by piece until one is not moved whole. An error after the first piece is left for the next
+/// Moves piece by piece until one is not moved whole, or there were [`PIECES`]. An error after the first piece is left for the next
 /// time: the socket says it again, or says what came of it.
 fn move_bytes(
     memory: &Memory,
@@ -43,7 +47,7 @@ fn move_bytes(
     limit: u64,
     mut step: impl FnMut(&mut VolatileSlice) -> Result<usize, VolatileMemoryError>,
 ) -> Result<io::Result<u64>, RingError> {
-    let mut done = 0;
+    let (mut done, mut pieces) = (0, 0);
     for span in spans {
         let len = u64::from(span.len);
         if offset >= len {
@@ -51,9 +55,10 @@ fn move_bytes(
             continue;
         }
         let wanted = (len - offset).min(limit - done);
-        if wanted == 0 {
+        if wanted == 0 || pieces == PIECES {
             break;
         }
+        pieces += 1;
         let mut address = span.address;
         address.0 += offset;
         offset = 0;

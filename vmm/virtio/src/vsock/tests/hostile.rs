@@ -220,6 +220,38 @@ fn a_storm_of_requests_given_up_does_not_reach_the_dialer() {
     guest.connect(GUEST_PORT);
 }
 
+#[test]
+fn crumbs_arrive_whole() {
+    let mut guest = Guest::new(BUFFER);
+    let (end, mut host) = guest.connect(GUEST_PORT);
+    let (at, bytes) = (BUFFERS + (7 << 20), pattern(120));
+    guest.bench.fill(at, &Header { len: 120, ..end.header(RW) }.bytes());
+    guest.bench.fill(at + 64, &bytes);
+    let mut chain = vec![(at, HEADER as u32, false)];
+    chain.extend((0..120).map(|n| (at + 64 + n, 1, false)));
+    guest.bench.rings[1].offer(&chain);
+    guest.bench.kick(1);
+    let mut got = Vec::new();
+    read_available(&mut host, &mut got, 120);
+    assert_eq!(got, bytes);
+    assert_eq!(guest.held().2, 0);
+}
+
+#[test]
+fn connections_given_up_leave_nothing_in_line() {
+    let mut guest = Guest::inactive(BUFFER);
+    guest.bench.activate(0).unwrap();
+    let end = End::new(HOST_PORT, GUEST_PORT);
+    for _ in 0..3 {
+        guest.send_raw(end.header(REQUEST), &[]);
+        let (id, _) = guest.dials.lock().unwrap().pop().unwrap();
+        guest.bench.device.lock().unwrap().dialed(id, None);
+        assert_eq!(guest.held().0, 1, "its RST finds no buffer");
+        guest.send_raw(end.header(RST), &[]);
+        assert_eq!(guest.held().0, 0);
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Packet(Header, usize),
