@@ -17,6 +17,7 @@ use std::{
 use bulkhead_virtio::{
     block::{Block, BlockConfig, EngineChoice},
     fs::Fs,
+    net::{Net, NetConfig},
     rng::Rng,
     vsock::{Dialer, Vsock},
 };
@@ -210,6 +211,13 @@ fn add_devices(
         let file = File::from(attached.take(slot, "a disk").map_err(MachineError::Boot)?);
         let disk = disk(file, block).map_err(part("make a disk"))?;
         devices.add(format!("block{n}"), disk, Loop::Own("block"))?;
+    }
+    for (n, (net, slots)) in shape.nets.iter().zip(&slots.nets).enumerate() {
+        let tap = File::from(attached.take(slots.tap, "a network card").map_err(MachineError::Boot)?);
+        let vhost = slots.vhost.map(|slot| attached.take(slot, "a network card").map(File::from));
+        let vhost = vhost.transpose().map_err(MachineError::Boot)?;
+        let card = Net::new(NetConfig { tap, mac: net.mac, mtu: net.mtu, vhost });
+        devices.add(format!("net{n}"), card.map_err(part("make a network card"))?, Loop::Own("net"))?;
     }
     devices.spare(shape.spare_slots);
     Ok(vsock)
