@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, fs, rng};
+use crate::{Interrupt, Memory, balloon, fs, rng};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -114,6 +114,8 @@ pub trait Device: MutEventSubscriber + Send {
 /// The state of a device as plain data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum DeviceState {
+    /// Of [`crate::balloon`].
+    Balloon(balloon::State),
     /// Of [`crate::fs`].
     Fs(fs::State),
     /// Of [`crate::rng`].
@@ -124,6 +126,7 @@ impl DeviceState {
     /// Where its rings stand, if it was active.
     pub fn rings(&self) -> &[crate::ring::RingState] {
         match self {
+            Self::Balloon(state) => &state.rings,
             Self::Fs(state) => &state.rings,
             Self::Rng(state) => &state.rings,
         }

@@ -27,6 +27,7 @@
 //! * **State is plain data**: [`Device::save`] and [`mmio::Transport::save`] answer values that can be
 //!   written down and turned into the same device elsewhere.
 
+pub mod balloon;
 pub mod device;
 pub mod fs;
 pub mod interrupt;
