@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, balloon, fs, rng};
+use crate::{Interrupt, Memory, balloon, fs, mem, rng};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -118,6 +118,8 @@ pub enum DeviceState {
     Balloon(balloon::State),
     /// Of [`crate::fs`].
     Fs(fs::State),
+    /// Of [`crate::mem`].
+    Mem(mem::State),
     /// Of [`crate::rng`].
     Rng(rng::State),
 }
@@ -128,6 +130,7 @@ impl DeviceState {
         match self {
             Self::Balloon(state) => &state.rings,
             Self::Fs(state) => &state.rings,
+            Self::Mem(state) => &state.rings,
             Self::Rng(state) => &state.rings,
         }
     }

@@ -31,6 +31,7 @@ pub mod balloon;
 pub mod device;
 pub mod fs;
 pub mod interrupt;
+pub mod mem;
 pub mod metrics;
 pub mod mmio;
 pub mod ring;
