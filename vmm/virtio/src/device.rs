@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, balloon, fs, mem, rng};
+use crate::{Interrupt, Memory, balloon, console, fs, mem, rng};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -116,6 +116,8 @@ pub trait Device: MutEventSubscriber + Send {
 pub enum DeviceState {
     /// Of [`crate::balloon`].
     Balloon(balloon::State),
+    /// Of [`crate::console`].
+    Console(console::State),
     /// Of [`crate::fs`].
     Fs(fs::State),
     /// Of [`crate::mem`].
@@ -129,6 +131,7 @@ impl DeviceState {
     pub fn rings(&self) -> &[crate::ring::RingState] {
         match self {
             Self::Balloon(state) => &state.rings,
+            Self::Console(state) => &state.rings,
             Self::Fs(state) => &state.rings,
             Self::Mem(state) => &state.rings,
             Self::Rng(state) => &state.rings,

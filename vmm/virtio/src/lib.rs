@@ -28,6 +28,7 @@
 //!   written down and turned into the same device elsewhere.
 
 pub mod balloon;
+pub mod console;
 pub mod device;
 pub mod fs;
 pub mod interrupt;
