@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, block, fs, net, rng, vsock};
+use crate::{Interrupt, Memory, balloon, block, console, fs, mem, net, rng, vsock};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -120,6 +120,14 @@ pub enum DeviceState {
     Fs(fs::State),
     /// Of [`crate::net`].
     Net(net::State),
+    /// Of [`crate::balloon`].
+    Balloon(balloon::State),
+    /// Of [`crate::console`].
+    Console(console::State),
+    /// Of [`crate::fs`].
+    Fs(fs::State),
+    /// Of [`crate::mem`].
+    Mem(mem::State),
     /// Of [`crate::rng`].
     Rng(rng::State),
     /// Of [`crate::vsock`].
@@ -133,6 +141,10 @@ impl DeviceState {
             Self::Block(state) => &state.rings,
             Self::Fs(state) => &state.rings,
             Self::Net(state) => &state.rings,
+            Self::Balloon(state) => &state.rings,
+            Self::Console(state) => &state.rings,
+            Self::Fs(state) => &state.rings,
+            Self::Mem(state) => &state.rings,
             Self::Rng(state) => &state.rings,
             Self::Vsock(state) => &state.rings,
         }

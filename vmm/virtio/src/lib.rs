@@ -29,9 +29,12 @@
 
 pub mod block;
 mod buffers;
+pub mod balloon;
+pub mod console;
 pub mod device;
 pub mod fs;
 pub mod interrupt;
+pub mod mem;
 pub mod metrics;
 pub mod mmio;
 pub mod net;
