@@ -305,8 +305,10 @@ impl Collector {
     /// All bytes, and whether the pipe's end never came.
     fn finish(&mut self) -> (Vec<u8>, bool) {
         // The reading thread sends nothing: it hangs up.
-        let held =
-            self.ended.take().is_some_and(|e| e.recv_timeout(stretched(PIPE_GRACE)) == Err(RecvTimeoutError::Timeout));
+        let held = self
+            .ended
+            .take()
+            .is_some_and(|e| e.recv_timeout(stretched(PIPE_GRACE)) == Err(RecvTimeoutError::Timeout));
         (self.seen.0.lock().unwrap_or_else(|e| e.into_inner()).bytes.clone(), held)
     }
 }
