@@ -39,6 +39,12 @@ pub enum LaunchError {
         /// What the system said.
         source: io::Error,
     },
+    /// /dev/kvm cannot be used.
+    #[error("cannot open /dev/kvm: {source}{}", kvm_hint(source))]
+    Kvm {
+        /// What the system said.
+        source: io::Error,
+    },
     /// A program that does not start.
     #[error("cannot execute {name} at {}: {source}{}", path.display(), install_hint(source))]
     Program {
@@ -115,6 +121,19 @@ impl LaunchError {
 
 fn said(messages: &[String]) -> String {
     if messages.is_empty() { String::new() } else { format!("; it said: {}", messages.join(" | ")) }
+}
+
+fn kvm_hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => {
+            ": this host does not virtualise, or the module kvm_intel or kvm_amd is not loaded; \
+             backend \"emulation\" works everywhere"
+        }
+        io::ErrorKind::PermissionDenied => {
+            ": the shim must run as root, outside of a container that forbids it"
+        }
+        _ => "",
+    }
 }
 
 fn install_hint(source: &io::Error) -> &'static str {

@@ -29,17 +29,22 @@
 //!   part is lost (it is then reported as [`Exit::Unknown`], never as success).
 //! * `Drop` of a machine or a child ends it with SIGKILL; [`Machine::kill`] is the orderly form.
 
+pub mod builtin;
 pub mod child;
 mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+mod family;
+mod helper;
 mod machine;
 pub mod probe;
 pub mod qemu;
+pub mod share;
 mod socket;
 mod sys;
 #[cfg(test)]
 mod testing;
+mod words;
 
 pub use child::Exit;
 pub use error::LaunchError;

@@ -20,6 +20,13 @@ pub(crate) fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(Into::into)
 }
 
+/// Registers a descriptor with the runtime as a source of "can be read" and "can be written".
+pub(crate) fn read_write(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: as in `readable`.
+    unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) }
+        .map_err(Into::into)
+}
+
 /// Opens a descriptor for a child that is not reaped yet; it becomes readable when the child ends.
 pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers and touches no memory of ours.
@@ -45,9 +52,11 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Resul
 
 /// Makes the child a leader of its own session, have it die with the thread that makes it, and
 /// inherit no descriptor but 0, 1, 2 and `keep` (which keep their numbers). With `own_network` it gets an
-/// empty network namespace.
-pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>, own_network: bool) {
-    let parent = std::process::id() as i32;
+/// empty network namespace. With `own_pids` it is the first of a pid namespace (see [`in_new_pids`]).
+pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>, own_network: bool, own_pids: bool) {
+    // Out of a pid namespace the parent shows as 0, dead or alive: such a child must notice our death by
+    // other means too (a socket that closes).
+    let parent = if own_pids { 0 } else { std::process::id() as i32 };
     let prepare = move || {
         // SAFETY (all calls): between fork and exec only async-signal-safe calls are allowed. These
         // are plain system calls on integers; `keep` was filled before the fork and is only read.
@@ -76,6 +85,16 @@ pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>, own_network: bool
     };
     // SAFETY: the closure keeps to async-signal-safe calls, see above; it allocates nothing.
     unsafe { command.pre_exec(prepare) };
+}
+
+/// Makes a child as the first process of a new pid namespace. Only what `spawn` makes goes there.
+pub(crate) fn in_new_pids<T>(spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let ours = std::fs::File::open("/proc/thread-self/ns/pid")?;
+    // Concerns only the children of this thread that are made from now on, until it is taken back.
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID)?;
+    let spawned = spawn();
+    nix::sched::setns(&ours, nix::sched::CloneFlags::CLONE_NEWPID)?;
+    spawned
 }
 
 /// The processor's time stamp counter.

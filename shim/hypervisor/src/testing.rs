@@ -33,10 +33,14 @@ impl Journal for Journaled {
 pub(crate) fn shape_and_bindings() -> (Shape, Bindings) {
     let shape = Shape {
         vcpus: 2,
+        max_vcpus: 2,
         memory: SizeMib(256),
+        growth: SizeMib(0),
         cmdline: "agent.log=debug".into(),
         share_tag: Some("share".into()),
         blocks: Vec::new(),
+        nets: Vec::new(),
+        spare_slots: 0,
     };
     let bindings = Bindings {
         kernel: "/k/vmlinux".into(),
@@ -44,6 +48,7 @@ pub(crate) fn shape_and_bindings() -> (Shape, Bindings) {
         share: Some("/run/bulkhead/0123/share".into()),
         vsock: "/run/bulkhead/0123/vsock".into(),
         blocks: Vec::new(),
+        nets: Vec::new(),
         run_dir: "/run/bulkhead/0123".into(),
     };
     (shape, bindings)

@@ -16,6 +16,7 @@ struct Versions {
     protocol: u32,
     /// Of the guest; absent where the kernel cannot be read.
     guest_kernel: Option<String>,
+    vmm: Option<String>,
     qemu: Option<String>,
     virtiofsd: Option<String>,
     host_kernel: String,
@@ -29,6 +30,7 @@ pub(super) fn run(report: Report, config: Option<&Path>, out: &mut dyn Write) ->
         bulkhead: env!("CARGO_PKG_VERSION"),
         protocol: bulkhead_proto::PROTOCOL_VERSION,
         guest_kernel: config.resolve_kernel().ok().and_then(|path| check::kernel_release(&path)),
+        vmm: program(config.resolve_vmm()),
         qemu: program(config.resolve_qemu()),
         virtiofsd: program(config.resolve_virtiofsd()),
         host_kernel: check::host_kernel(),
@@ -42,6 +44,7 @@ pub(super) fn run(report: Report, config: Option<&Path>, out: &mut dyn Write) ->
         ["bulkhead".into(), versions.bulkhead.to_owned()],
         ["protocol".into(), versions.protocol.to_string()],
         ["guest kernel".into(), or_none(versions.guest_kernel)],
+        ["vmm".into(), or_none(versions.vmm)],
         ["qemu".into(), or_none(versions.qemu)],
         ["virtiofsd".into(), or_none(versions.virtiofsd)],
         ["host kernel".into(), versions.host_kernel],

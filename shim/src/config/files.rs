@@ -11,17 +11,6 @@ use super::{Config, ConfigError};
 /// Where our own package puts helper programs that are not meant for an operator's PATH.
 const LIBEXEC: &str = "/usr/libexec/bulkhead";
 
-/// The programs beside a machine, each as a path that can be executed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Programs {
-    /// QEMU's system emulator.
-    pub qemu: PathBuf,
-    /// The daemon behind the shared directory.
-    pub virtiofsd: PathBuf,
-    /// The daemon behind the vsock device.
-    pub vhost_device_vsock: PathBuf,
-}
-
 /// What a guest boots from, each seen to be readable and of the right format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GuestFiles {
@@ -32,23 +21,23 @@ pub struct GuestFiles {
 }
 
 impl Config {
-    /// Finds every program: an absolute path as it is; a bare name on PATH, then beside our own executable, then
-    /// in `/usr/libexec/bulkhead`.
+    /// Finds our machine monitor: an absolute path as it is; a bare name on PATH, then beside our own executable,
+    /// then in `/usr/libexec/bulkhead`.
     ///
     /// # Errors
-    /// The first program that is missing or cannot be executed, with its key and what to do.
-    pub fn resolve_programs(&self) -> Result<Programs, ConfigError> {
-        Ok(Programs {
-            qemu: self.resolve_qemu()?,
-            virtiofsd: self.resolve_virtiofsd()?,
-            vhost_device_vsock: self.resolve_vhost_device_vsock()?,
-        })
+    /// It is missing or cannot be executed; the text names the key and what to do.
+    pub fn resolve_vmm(&self) -> Result<PathBuf, ConfigError> {
+        resolve(
+            &self.hypervisor.vmm,
+            "hypervisor.vmm",
+            "it comes with bulkhead, beside the shim; `make build` builds it",
+        )
     }
 
     /// Finds QEMU.
     ///
     /// # Errors
-    /// As [`Config::resolve_programs`].
+    /// As [`Config::resolve_vmm`].
     pub fn resolve_qemu(&self) -> Result<PathBuf, ConfigError> {
         resolve(
             &self.hypervisor.qemu,
@@ -60,7 +49,7 @@ impl Config {
     /// Finds virtiofsd.
     ///
     /// # Errors
-    /// As [`Config::resolve_programs`].
+    /// As [`Config::resolve_vmm`].
     pub fn resolve_virtiofsd(&self) -> Result<PathBuf, ConfigError> {
         resolve(
             &self.hypervisor.virtiofsd,
@@ -72,7 +61,7 @@ impl Config {
     /// Finds vhost-device-vsock.
     ///
     /// # Errors
-    /// As [`Config::resolve_programs`].
+    /// As [`Config::resolve_vmm`].
     pub fn resolve_vhost_device_vsock(&self) -> Result<PathBuf, ConfigError> {
         resolve(
             &self.hypervisor.vhost_device_vsock,

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 pub use error::{ConfigError, Place};
-pub use files::{GuestFiles, Programs};
+pub use files::GuestFiles;
 pub use overlay::ANNOTATION_PREFIX;
 pub use schema::{KEYS, Key, Kind};
 
@@ -62,6 +62,8 @@ pub struct Hypervisor {
     pub image: PathBuf,
     /// Appended to the kernel's command line.
     pub kernel_params: String,
+    /// Our machine monitor for KVM.
+    pub vmm: PathBuf,
     /// QEMU's system emulator.
     pub qemu: PathBuf,
     /// The daemon behind the directory that host and guest share.
@@ -149,6 +151,7 @@ impl Default for Hypervisor {
             kernel: "/usr/share/bulkhead/vmlinux".into(),
             image: "/usr/share/bulkhead/guest.cpio".into(),
             kernel_params: String::new(),
+            vmm: "bulkhead-vmm".into(),
             qemu: "qemu-system-x86_64".into(),
             virtiofsd: "virtiofsd".into(),
             vhost_device_vsock: "vhost-device-vsock".into(),

@@ -56,6 +56,7 @@ pub const KEYS: &[Key] = &[
     key("hypervisor.kernel", ANY_PATH),
     key("hypervisor.image", ANY_PATH),
     key("hypervisor.kernel_params", Kind::Text),
+    host_key("hypervisor.vmm", Kind::Program),
     host_key("hypervisor.qemu", Kind::Program),
     host_key("hypervisor.virtiofsd", Kind::Program),
     host_key("hypervisor.vhost_device_vsock", Kind::Program),

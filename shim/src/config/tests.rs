@@ -291,7 +291,7 @@ fn a_bad_value_in_an_annotation_names_the_annotation() {
 fn a_missing_program_says_where_it_was_sought_and_what_to_do() {
     let config =
         Config::parse("[hypervisor]\nqemu = \"no-such-qemu\"\nvirtiofsd = \"/nonexistent/v\"", "c").unwrap();
-    let text = config.resolve_programs().unwrap_err().to_string();
+    let text = config.resolve_qemu().unwrap_err().to_string();
     assert!(text.starts_with("no-such-qemu (key `hypervisor.qemu`): is neither on PATH nor in "), "{text}");
     assert!(text.contains("/usr/libexec/bulkhead"), "{text}");
     assert!(

@@ -11,6 +11,8 @@ use std::{
 
 use bulkhead_hypervisor::{
     Hypervisor, Journal,
+    builtin::{Builtin, BuiltinConfig},
+    probe::{self, Acceleration},
     qemu::{Qemu, QemuConfig},
 };
 use bulkhead_proto::{CONTROL_PORT, SHARE_TAG, STREAM_PORT, agent::event::Kind as GuestEvent, stream::Token};
@@ -251,13 +253,17 @@ impl Host {
         drop(acquire);
 
         let guest_files = config.resolve_guest().map_err(config_fault)?;
-        let (hypervisor, backend) = choose(&config)?;
+        let hypervisor = choose(&config)?;
         let shape = Shape {
             vcpus: sizing.vcpus,
+            max_vcpus: sizing.vcpus,
             memory: sizing.memory,
+            growth: bulkhead_vmm_spec::SizeMib(0),
             cmdline: config.hypervisor.kernel_params.clone(),
             share_tag: Some(SHARE_TAG.to_owned()),
             blocks: Vec::new(),
+            nets: Vec::new(),
+            spare_slots: 0,
         };
         let bindings = Bindings {
             kernel: guest_files.kernel,
@@ -265,6 +271,7 @@ impl Host {
             share: Some(share),
             vsock,
             blocks: Vec::new(),
+            nets: Vec::new(),
             run_dir: self.dir.clone(),
         };
         let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref() };
@@ -273,7 +280,7 @@ impl Host {
         let running = Running::watch(machine, cgroup.clone(), self.inputs.clone());
         let facts = MachineFacts {
             vmm_pid: running.pid(),
-            backend,
+            backend: hypervisor.name(),
             memory_mib: sizing.memory.0,
             vcpus: sizing.vcpus,
         };
@@ -561,21 +568,33 @@ async fn listen(
     }
 }
 
-fn choose(config: &Config) -> Result<(Box<dyn Hypervisor>, &'static str), Fault> {
-    if config.hypervisor.backend == Backend::Kvm {
-        return Err(Fault::new(
-            Kind::FailedPrecondition,
-            "hypervisor.backend = \"kvm\": this build has no KVM machine yet; use \"auto\" or \"emulation\"",
-        ));
+/// The machine that the configuration asks for, and that this host can run.
+fn choose(config: &Config) -> Result<Box<dyn Hypervisor>, Fault> {
+    let virtiofsd = config.resolve_virtiofsd().map_err(config_fault)?;
+    if uses_kvm(config.hypervisor.backend)? {
+        let vmm = config.resolve_vmm().map_err(config_fault)?;
+        return Ok(Box::new(Builtin::new(BuiltinConfig { vmm, virtiofsd })));
     }
-    let programs = config.resolve_programs().map_err(config_fault)?;
-    let qemu = QemuConfig {
-        qemu: programs.qemu,
-        virtiofsd: programs.virtiofsd,
-        vsock: programs.vhost_device_vsock,
-        ..QemuConfig::default()
-    };
-    Ok((Box::new(Qemu::new(qemu)), "emulation"))
+    let qemu = config.resolve_qemu().map_err(config_fault)?;
+    let vsock = config.resolve_vhost_device_vsock().map_err(config_fault)?;
+    Ok(Box::new(Qemu::new(QemuConfig { qemu, virtiofsd, vsock, ..QemuConfig::default() })))
+}
+
+/// Whether pods run on KVM: opening /dev/kvm proves nothing, so a guest is asked.
+fn uses_kvm(backend: Backend) -> Result<bool, Fault> {
+    if backend == Backend::Emulation {
+        return Ok(false);
+    }
+    match (probe::acceleration(), backend) {
+        (Acceleration::Hardware { .. }, _) => Ok(true),
+        (Acceleration::Emulated { .. }, Backend::Auto) => Ok(false),
+        (Acceleration::Emulated { why }, _) => Err(Fault::new(
+            Kind::FailedPrecondition,
+            format!(
+                "hypervisor.backend = \"kvm\", but this machine does not virtualise: {why}; use \"auto\" or \"emulation\""
+            ),
+        )),
+    }
 }
 
 fn config_fault(error: crate::config::ConfigError) -> Fault {

@@ -12,6 +12,15 @@ pub struct BlockBinding {
     pub path: PathBuf,
 }
 
+/// What backs a network card: a tap that exists.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetBinding {
+    /// Its name.
+    pub tap: String,
+    /// The network namespace that it is in, if not the caller's.
+    pub netns: Option<PathBuf>,
+}
+
 /// The host's side of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bindings {
@@ -25,6 +34,8 @@ pub struct Bindings {
     pub vsock: PathBuf,
     /// One for each block device of the shape, in the same order.
     pub blocks: Vec<BlockBinding>,
+    /// One for each network card of the shape, in the same order.
+    pub nets: Vec<NetBinding>,
     /// Directory for the sockets of the machine's helper programs; private to the machine.
     pub run_dir: PathBuf,
 }

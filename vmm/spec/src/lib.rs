@@ -3,6 +3,7 @@
 
 mod bindings;
 mod shape;
+pub mod wire;
 
-pub use bindings::{Bindings, BlockBinding};
-pub use shape::{BlockShape, Shape, SizeMib};
+pub use bindings::{Bindings, BlockBinding, NetBinding};
+pub use shape::{BlockShape, NetShape, Shape, SizeMib};

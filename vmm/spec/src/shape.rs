@@ -29,17 +29,35 @@ pub struct BlockShape {
     pub read_only: bool,
 }
 
+/// A network card as the guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct NetShape {
+    /// Hardware address.
+    pub mac: [u8; 6],
+    /// Largest packet in bytes, if it is not 1500.
+    pub mtu: Option<u16>,
+}
+
 /// The machine as the guest sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Shape {
     /// Processors present at boot, at least 1.
     pub vcpus: u32,
+    /// Processors that can be brought online later, those at boot among them. A backend that cannot do so
+    /// has those at boot.
+    pub max_vcpus: u32,
     /// Memory present at boot.
     pub memory: SizeMib,
+    /// Memory that can be added later. A backend that cannot do so adds none.
+    pub growth: SizeMib,
     /// The kernel's command line, without what a backend must add for its own devices.
     pub cmdline: String,
     /// Tag of the virtio-fs device, if there is one.
     pub share_tag: Option<String>,
     /// Block devices in the order of their slots.
     pub blocks: Vec<BlockShape>,
+    /// Network cards in the order of their slots.
+    pub nets: Vec<NetShape>,
+    /// Slots for devices that are attached later. A backend that cannot do so has none.
+    pub spare_slots: u32,
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, rng};
+use crate::{Interrupt, Memory, balloon, block, console, fs, mem, net, rng, vsock};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -114,15 +114,39 @@ pub trait Device: MutEventSubscriber + Send {
 /// The state of a device as plain data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum DeviceState {
+    /// Of [`crate::block`].
+    Block(block::State),
+    /// Of [`crate::fs`].
+    Fs(fs::State),
+    /// Of [`crate::net`].
+    Net(net::State),
+    /// Of [`crate::balloon`].
+    Balloon(balloon::State),
+    /// Of [`crate::console`].
+    Console(console::State),
+    /// Of [`crate::fs`].
+    Fs(fs::State),
+    /// Of [`crate::mem`].
+    Mem(mem::State),
     /// Of [`crate::rng`].
     Rng(rng::State),
+    /// Of [`crate::vsock`].
+    Vsock(vsock::State),
 }
 
 impl DeviceState {
     /// Where its rings stand, if it was active.
     pub fn rings(&self) -> &[crate::ring::RingState] {
         match self {
+            Self::Block(state) => &state.rings,
+            Self::Fs(state) => &state.rings,
+            Self::Net(state) => &state.rings,
+            Self::Balloon(state) => &state.rings,
+            Self::Console(state) => &state.rings,
+            Self::Fs(state) => &state.rings,
+            Self::Mem(state) => &state.rings,
             Self::Rng(state) => &state.rings,
+            Self::Vsock(state) => &state.rings,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! How a device tells its guest that something happened: the status bits and the line.
 //! Knows nothing of rings; the transport reads and clears the bits.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use vmm_sys_util::eventfd::EventFd;
@@ -20,6 +20,8 @@ pub struct Interrupt {
     status: AtomicU32,
     /// ConfigGeneration.
     generation: AtomicU32,
+    /// Whether something else than this process raises the line for used buffers.
+    backend: AtomicBool,
     /// Raises the line when written.
     line: EventFd,
 }
@@ -27,12 +29,27 @@ pub struct Interrupt {
 impl Interrupt {
     /// An interrupt that raises the line behind `line` (with KVM: an irqfd).
     pub fn new(line: EventFd) -> Self {
-        Self { pending: AtomicU32::new(0), status: AtomicU32::new(0), generation: AtomicU32::new(0), line }
+        Self {
+            pending: AtomicU32::new(0),
+            status: AtomicU32::new(0),
+            generation: AtomicU32::new(0),
+            backend: AtomicBool::new(false),
+            line,
+        }
     }
 
     /// The descriptor of the line, for what raises it without us (vhost).
     pub fn line(&self) -> &EventFd {
         &self.line
+    }
+
+    /// From here to the device's reset, a backend outside of this process (vhost, vhost-user) raises the
+    /// line for used buffers, and cannot set the bit of InterruptStatus that must be read with it. So the
+    /// bit reads as set whenever the driver looks. A driver looks after the line was raised: it reads the
+    /// status, acknowledges it, and goes through its rings. When the line was raised for something else, it
+    /// finds no used buffer in them, which is no error (virtio 1.2, 2.7.14): an interrupt is a hint.
+    pub fn raised_by_backend(&self) {
+        self.backend.store(true, Ordering::SeqCst);
     }
 
     /// Tells the guest that a ring has used buffers.
@@ -56,7 +73,8 @@ impl Interrupt {
 
     /// The bits the guest has not acknowledged.
     pub fn pending(&self) -> u32 {
-        self.pending.load(Ordering::SeqCst)
+        let backend = if self.backend.load(Ordering::SeqCst) { USED_BUFFER } else { 0 };
+        self.pending.load(Ordering::SeqCst) | backend
     }
 
     /// The guest has seen these bits.
@@ -81,6 +99,7 @@ impl Interrupt {
 
     /// Forgets everything, as at the device's reset.
     pub(crate) fn clear(&self) {
+        self.backend.store(false, Ordering::SeqCst);
         self.pending.store(0, Ordering::SeqCst);
         self.status.store(0, Ordering::SeqCst);
     }
@@ -98,5 +117,25 @@ impl Interrupt {
         self.pending.fetch_or(bits, Ordering::SeqCst);
         // It fails only when the counter is at its limit, where the line is up anyway.
         let _ = self.line.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    #[test]
+    fn with_a_backend_the_bit_is_always_there() {
+        let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        assert_eq!(interrupt.pending(), 0);
+        interrupt.raised_by_backend();
+        interrupt.acknowledge(USED_BUFFER);
+        assert_eq!(interrupt.pending(), USED_BUFFER);
+        interrupt.config_changed();
+        assert_eq!(interrupt.pending(), USED_BUFFER | CONFIG_CHANGE);
+        interrupt.clear();
+        assert_eq!(interrupt.pending(), 0, "the reset ends it");
     }
 }

@@ -27,14 +27,22 @@
 //! * **State is plain data**: [`Device::save`] and [`mmio::Transport::save`] answer values that can be
 //!   written down and turned into the same device elsewhere.
 
+pub mod block;
+mod buffers;
+pub mod balloon;
+pub mod console;
 pub mod device;
+pub mod fs;
 pub mod interrupt;
+pub mod mem;
 pub mod metrics;
 pub mod mmio;
+pub mod net;
 pub mod ring;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod vsock;
 
 use std::sync::Arc;
 

@@ -94,6 +94,11 @@ impl Transport {
         &self.device
     }
 
+    /// How the device reaches its guest.
+    pub fn interrupt(&self) -> &Arc<Interrupt> {
+        &self.interrupt
+    }
+
     /// What was counted.
     pub fn metrics(&self) -> &Metrics {
         &self.metrics

@@ -103,12 +103,14 @@ pub struct Ring {
     queue: Queue,
     memory: Memory,
     interrupt: Arc<Interrupt>,
+    /// How many requests were given back since the driver's wish to be told was last looked at.
+    completed: u16,
 }
 
 impl Ring {
     /// Takes over a ring that the driver has set up. `None` if it is not in the guest's memory.
     pub fn new(queue: Queue, memory: Memory, interrupt: Arc<Interrupt>) -> Option<Self> {
-        queue.is_valid(&*memory).then_some(Self { queue, memory, interrupt })
+        queue.is_valid(&*memory).then_some(Self { queue, memory, interrupt, completed: 0 })
     }
 
     /// The guest's memory.
@@ -155,8 +157,8 @@ impl Ring {
         if more { Err(RingError::Chain) } else { Ok(Some(chain)) }
     }
 
-    /// Gives the last request back, to be popped again: there is no room for it yet.
-    /// Only right after [`Ring::pop`] answered it.
+    /// Gives the last request back, to be popped again: there is no room for it yet. Only for what
+    /// [`Ring::pop`] answered last and is not completed; several times for several.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
     }
@@ -169,7 +171,27 @@ impl Ring {
 
     /// Gives a request back with so many bytes written. The driver learns of it by [`Ring::notify`].
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), RingError> {
+        self.completed = self.completed.saturating_add(1);
         self.queue.add_used(&*self.memory, head, written).map_err(|_| RingError::Memory)
+    }
+
+    /// Gives several requests back that the driver must see all at once, as the buffers of one frame
+    /// (virtio 1.2, 5.1.6.4): it may look while this runs, and finds either none of them or all.
+    pub fn complete_together(&mut self, requests: &[(u16, u32)]) -> Result<(), RingError> {
+        let Some(((head, written), others)) = requests.split_last() else { return Ok(()) };
+        let mut next = self.queue.next_used();
+        for &(head, written) in others {
+            let slot = u64::from(next % self.queue.size());
+            // The elements follow the flags and the index (2.7.8).
+            let at = self.queue.used_ring().checked_add(4 + 8 * slot).ok_or(RingError::Memory)?;
+            let element = [u32::from(head).to_le(), written.to_le()];
+            self.memory.write_obj(element, GuestAddress(at)).map_err(|_| RingError::Memory)?;
+            next = next.wrapping_add(1);
+        }
+        self.completed = self.completed.saturating_add(others.len().min(usize::from(u16::MAX)) as u16);
+        // The index that this writes covers all of them.
+        self.queue.set_next_used(next);
+        self.complete(*head, *written)
     }
 
     /// Interrupts the guest if its driver wants to be told of what was completed since the last time.
@@ -181,18 +203,26 @@ impl Ring {
     }
 
     fn wants_notification(&mut self) -> Result<bool, RingError> {
-        if !self.queue.event_idx_enabled() {
-            // What was completed must be visible before the driver's wish is read: it writes the wish, then
-            // looks once more for what was completed.
-            fence(Ordering::SeqCst);
-            // VIRTQ_AVAIL_F_NO_INTERRUPT; without the event index it is the driver's whole say.
-            let flags: u16 = self
-                .memory
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::Acquire)
-                .map_err(|_| RingError::Memory)?;
-            return Ok(u16::from_le(flags) & 1 == 0);
+        let completed = std::mem::take(&mut self.completed);
+        if completed == 0 {
+            return Ok(false);
         }
-        self.queue.needs_notification(&*self.memory).map_err(|_| RingError::Memory)
+        // What was completed must be visible before the driver's wish is read: it writes the wish, then
+        // looks once more for what was completed.
+        fence(Ordering::SeqCst);
+        let wish = |at: u64| -> Result<u16, RingError> {
+            let value = self.memory.load(GuestAddress(at), Ordering::Acquire);
+            value.map(u16::from_le).map_err(|_| RingError::Memory)
+        };
+        let available = self.queue.avail_ring();
+        if !self.queue.event_idx_enabled() {
+            // VIRTQ_AVAIL_F_NO_INTERRUPT; without the event index it is the driver's whole say.
+            return Ok(wish(available)? & 1 == 0);
+        }
+        // 2.7.7.2: used_event, behind the available ring, is the index whose use the driver waits for.
+        let at = available.checked_add(4 + 2 * u64::from(self.queue.size())).ok_or(RingError::Memory)?;
+        let behind = self.queue.next_used().wrapping_sub(wish(at)?).wrapping_sub(1);
+        Ok(behind < completed)
     }
 
     /// Asks for the driver's kicks; `true` if there are requests that it offered meanwhile.

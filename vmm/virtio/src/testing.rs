@@ -5,8 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::{
+    eventfd::{EFD_NONBLOCK, EventFd},
+    tempfile::TempFile,
+};
 
 use crate::{ActivateError, Activation, Device, Interrupt, Memory};
 
@@ -26,6 +29,14 @@ pub const BUFFERS: u64 = 8 << 20;
 pub fn memory() -> Memory {
     // A mapping of a few MiB fails on no machine that runs tests.
     Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).expect("map memory"))
+}
+
+/// Memory that another process can map too, as that of a real machine: behind a file without a name.
+pub fn shared_memory() -> Memory {
+    let file = TempFile::new().expect("make a file for memory").into_file();
+    file.set_len(MEMORY as u64).expect("give the file its size");
+    let ranges = [(GuestAddress(0), MEMORY, Some(FileOffset::new(file, 0)))];
+    Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).expect("map memory"))
 }
 
 /// One ring as its driver sees it.
@@ -147,7 +158,11 @@ pub struct Bench<D: Device> {
 impl<D: Device + MutEventSubscriber> Bench<D> {
     /// A device that is not active yet.
     pub fn new(device: D) -> Self {
-        let memory = memory();
+        Self::with_memory(device, memory())
+    }
+
+    /// A device that is not active yet, in a guest with this memory.
+    pub fn with_memory(device: D, memory: Memory) -> Self {
         let mut at = 0x1000;
         let sizes = device.queue_sizes().to_vec();
         let rings = sizes.iter().map(|&size| {

@@ -69,6 +69,8 @@ pub struct ChildSpec {
     pub stdout: LineSink,
     /// Runs in a network namespace of its own, where there is nothing.
     pub own_network: bool,
+    /// Is the first process of a pid namespace of its own.
+    pub own_pids: bool,
 }
 
 impl ChildSpec {
@@ -82,6 +84,7 @@ impl ChildSpec {
             fds: Vec::new(),
             stdout: Box::new(|_| ()),
             own_network: false,
+            own_pids: false,
         }
     }
 }
@@ -103,7 +106,7 @@ impl Child {
     /// Starts a program: session of its own, standard input empty, output kept as lines.
     /// Must be called in a tokio runtime. An error means that the program was not executed.
     pub fn spawn(spec: ChildSpec) -> io::Result<Self> {
-        let ChildSpec { name, program, args, env, fds, stdout, own_network } = spec;
+        let ChildSpec { name, program, args, env, fds, stdout, own_network, own_pids } = spec;
         let (out, out_writer) = pipe()?;
         let (err, err_writer) = pipe()?;
         let mut command = Command::new(&program);
@@ -113,8 +116,8 @@ impl Child {
             command.env("PATH", path);
         }
         command.stdin(Stdio::null()).stdout(out_writer).stderr(err_writer);
-        sys::prepare(&mut command, fds.iter().map(AsRawFd::as_raw_fd).collect(), own_network);
-        let mut process = command.spawn()?;
+        sys::prepare(&mut command, fds.iter().map(AsRawFd::as_raw_fd).collect(), own_network, own_pids);
+        let mut process = if own_pids { sys::in_new_pids(|| command.spawn())? } else { command.spawn()? };
         drop((command, fds));
         let pid = process.id() as i32;
         let (pidfd, start_time_ticks) = match watch(pid) {

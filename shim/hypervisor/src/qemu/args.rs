@@ -2,7 +2,7 @@
 //! Pure: values in, words out; nothing here looks at the system.
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsString,
     os::{
         fd::RawFd,
         unix::ffi::{OsStrExt, OsStringExt},
@@ -13,6 +13,7 @@ use std::{
 use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 
 use super::cmdline;
+use crate::words::Words;
 
 /// Every guest has this address on its vsock device: each has a device of its own.
 const GUEST_CID: u32 = 3;
@@ -36,7 +37,7 @@ pub(super) struct Wiring<'a> {
 
 /// Arguments of QEMU.
 pub(super) fn qemu(shape: &Shape, bindings: &Bindings, wiring: &Wiring<'_>) -> Vec<OsString> {
-    let mut args = Args::default();
+    let mut args = Words::default();
     // Nothing but what is asked for below: no configuration of the host, no default devices.
     args.word("-no-user-config").word("-nodefaults").word("-no-reboot");
     args.pair("-display", "none").pair("-monitor", "none");
@@ -84,47 +85,12 @@ pub(super) fn qemu(shape: &Shape, bindings: &Bindings, wiring: &Wiring<'_>) -> V
     args.0
 }
 
-/// Arguments of virtiofsd, which takes the listening socket `listener` as it is.
-pub(super) fn virtiofsd(share: &Path, listener: RawFd) -> Vec<OsString> {
-    let mut args = Args::default();
-    args.option("--shared-dir", share).pair("--fd", listener.to_string());
-    // In the host's mount namespace, so that what is mounted below the share later appears in it.
-    args.pair("--sandbox", "chroot");
-    // A guest sees what the host wrote when it opens a file, and names and attributes within 1 s;
-    // files can be mapped, which programs need to be run.
-    args.pair("--cache", "auto");
-    // File systems keep their own identity in the guest: inode numbers of two images never meet.
-    args.word("--announce-submounts");
-    // File handles instead of open descriptors, where a file system has them.
-    args.word("--inode-file-handles=prefer");
-    // Capabilities of files, and users' own attributes.
-    args.word("--xattr");
-    args.pair("--log-level", "warn");
-    args.0
-}
-
 /// Arguments of vhost-device-vsock, which makes both sockets.
 pub(super) fn vsock(device: &Path, host: &Path) -> Vec<OsString> {
-    let mut args = Args::default();
+    let mut args = Words::default();
     args.pair("--guest-cid", GUEST_CID.to_string());
     args.option("--socket", device).option("--uds-path", host);
     args.0
-}
-
-#[derive(Default)]
-struct Args(Vec<OsString>);
-
-impl Args {
-    fn word(&mut self, word: impl Into<OsString>) -> &mut Self {
-        self.0.push(word.into());
-        self
-    }
-    fn pair(&mut self, option: &str, value: impl Into<OsString>) -> &mut Self {
-        self.word(option).word(value)
-    }
-    fn option(&mut self, option: &str, value: impl AsRef<OsStr>) -> &mut Self {
-        self.pair(option, value.as_ref())
-    }
 }
 
 /// In a list of QEMU's options a comma ends a value unless it is doubled.

@@ -17,7 +17,6 @@
 
 mod args;
 mod cmdline;
-mod machine;
 mod tsc;
 mod version;
 
@@ -28,24 +27,24 @@ use std::{
         unix::fs::FileTypeExt,
     },
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use async_trait::async_trait;
 use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 
 pub use self::version::Version;
-use self::{args::Wiring, machine::QemuMachine, tsc::Stopwatch};
+use self::{args::Wiring, tsc::Stopwatch};
 use crate::{
     Hypervisor, Journal, LaunchError, Machine,
     child::{Child, ChildSpec},
+    family::{Console, Family},
+    helper::{HELPER_DEADLINE, ended, late, record, spawn},
+    share,
     socket::{self, Names},
 };
 
 /// The VMM's name in journals, errors and [`crate::MachineEnd::part`].
 pub const QEMU: &str = "qemu";
-/// The name of the program behind the shared directory.
-pub const VIRTIOFSD: &str = "virtiofsd";
 /// The name of the program behind the vsock device.
 pub const VSOCK: &str = "vhost-device-vsock";
 
@@ -55,14 +54,8 @@ pub const VSOCK: &str = "vhost-device-vsock";
 /// its root file system, with 44 the guest says hello. The rest is for its first container to start.
 pub const MINIMUM_MEMORY: SizeMib = SizeMib(64);
 
-/// How long a helper may take until its sockets are there. It takes milliseconds; a host that swaps
-/// or starts a hundred machines at once takes longer.
-const HELPER_DEADLINE: Duration = Duration::from_secs(20);
-
 /// Name of the vsock device's socket in the machine's directory.
 const VSOCK_DEVICE_SOCKET: &str = "vhost-vsock";
-/// Name that virtiofsd's socket has for a moment.
-const SHARE_SOCKET: &str = "virtiofs";
 
 /// Where the programs are, and how much they may use.
 #[derive(Clone, Debug)]
@@ -149,23 +142,6 @@ impl Qemu {
         };
         Ok((child, connection.into()))
     }
-
-    fn start_share(
-        &self,
-        share: &Path,
-        bindings: &Bindings,
-        journal: &dyn Journal,
-    ) -> Result<(Child, OwnedFd), LaunchError> {
-        let path = bindings.run_dir.join(SHARE_SOCKET);
-        let (listener, connection) = socket::listener_and_client(&path)
-            .map_err(|e| LaunchError::system(format!("make a socket at {}", path.display()), e))?;
-        let mut spec = ChildSpec::new(VIRTIOFSD, &self.config.virtiofsd);
-        spec.args = args::virtiofsd(share, listener.as_raw_fd());
-        spec.fds = vec![listener];
-        let child = spawn(spec)?;
-        record(&child, journal)?;
-        Ok((child, connection))
-    }
 }
 
 #[async_trait]
@@ -186,7 +162,7 @@ impl Hypervisor for Qemu {
         // sockets go. The vsock device makes its own again when QEMU has left.
         let sockets = Names(vec![bindings.vsock.clone(), bindings.run_dir.join(VSOCK_DEVICE_SOCKET)]);
         let share = match &bindings.share {
-            Some(share) => Some(self.start_share(share, bindings, journal)?),
+            Some(share) => Some(share::start(&self.config.virtiofsd, share, &bindings.run_dir, journal)?),
             None => None,
         };
         let (version, (vsock, vsock_connection)) =
@@ -201,7 +177,7 @@ impl Hypervisor for Qemu {
             vsock: vsock_connection.as_raw_fd(),
             block_drivers: &block_drivers,
         };
-        let (console, stdout) = machine::Console::new();
+        let (console, stdout) = Console::new();
         let mut spec = ChildSpec::new(QEMU, &self.config.qemu);
         spec.args = args::qemu(shape, bindings, &wiring);
         spec.stdout = stdout;
@@ -212,38 +188,7 @@ impl Hypervisor for Qemu {
         let qemu = spawn(spec)?;
         record(&qemu, journal)?;
         let helpers = virtiofsd.into_iter().chain([vsock]).collect();
-        Ok(Box::new(QemuMachine::new(qemu, helpers, console, sockets)))
-    }
-}
-
-fn spawn(spec: ChildSpec) -> Result<Child, LaunchError> {
-    let (name, path) = (spec.name.clone(), spec.program.clone());
-    Child::spawn(spec).map_err(|source| LaunchError::Program { name, path, source })
-}
-
-fn record(child: &Child, journal: &dyn Journal) -> Result<(), LaunchError> {
-    journal
-        .process(child.name(), child.pid(), child.start_time_ticks())
-        .map_err(|source| LaunchError::Journal { name: child.name().into(), pid: child.pid(), source })
-}
-
-fn ended(child: &Child, exit: crate::Exit, awaited: &str) -> LaunchError {
-    LaunchError::Ended {
-        name: child.name().into(),
-        path: child.program().into(),
-        exit,
-        awaited: awaited.into(),
-        messages: child.last_errors(),
-    }
-}
-
-fn late(child: &Child, awaited: &str) -> LaunchError {
-    LaunchError::Late {
-        name: child.name().into(),
-        path: child.program().into(),
-        awaited: awaited.into(),
-        waited: HELPER_DEADLINE,
-        messages: child.last_errors(),
+        Ok(Box::new(Family::new(qemu, helpers, console, sockets)))
     }
 }
 
@@ -290,6 +235,9 @@ fn check(shape: &Shape, bindings: &Bindings) -> Result<(), LaunchError> {
             format!("{} block devices on {} files", shape.blocks.len(), bindings.blocks.len()),
             "each needs one".into(),
         );
+    }
+    if !shape.nets.is_empty() {
+        return impossible("a network card".into(), "this backend has none yet".into());
     }
     let slots = 1 + usize::from(shape.share_tag.is_some()) + shape.blocks.len();
     if slots > MAX_DEVICES {

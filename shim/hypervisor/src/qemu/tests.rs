@@ -146,5 +146,5 @@ async fn a_failed_launch_leaves_no_socket() {
     launch_error(config, dir.path(), &Journaled::default()).await;
     assert!(!dir.path().join("vsock").exists());
     assert!(!dir.path().join(VSOCK_DEVICE_SOCKET).exists());
-    assert!(!dir.path().join(SHARE_SOCKET).exists());
+    assert!(!dir.path().join("virtiofs").exists());
 }

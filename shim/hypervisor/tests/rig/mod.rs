@@ -12,7 +12,9 @@ use std::{
 
 use bulkhead_hypervisor::{
     Hypervisor, Journal, Machine, MachineEnd,
-    qemu::{Qemu, QemuConfig},
+    builtin::{Builtin, BuiltinConfig, VMM},
+    qemu::{QEMU, Qemu, QemuConfig, VSOCK},
+    share::VIRTIOFSD,
 };
 use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 use nix::unistd::Pid;
@@ -46,11 +48,16 @@ impl Journal for Recorded {
     }
 }
 
+/// The talk with a guest that has said hello.
+pub struct Session {
+    to_guest: OwnedWriteHalf,
+    from_guest: tokio::io::Lines<BufReader<OwnedReadHalf>>,
+}
+
 /// A machine whose guest has said hello.
 pub struct Running {
     pub machine: Box<dyn Machine>,
-    to_guest: OwnedWriteHalf,
-    from_guest: tokio::io::Lines<BufReader<OwnedReadHalf>>,
+    session: Session,
     /// How long the launch took to answer.
     pub launched_after: Duration,
     /// From the launch to the hello.
@@ -73,8 +80,30 @@ pub fn config() -> QemuConfig {
     }
 }
 
-pub fn backend() -> Qemu {
-    Qemu::new(config())
+/// Whether the machines here are those of KVM (`BULKHEAD_TEST_BACKEND=kvm`), or emulated.
+pub fn on_kvm() -> bool {
+    match std::env::var("BULKHEAD_TEST_BACKEND").as_deref() {
+        Ok("kvm") => true,
+        Ok("emulation") | Err(_) => false,
+        Ok(other) => panic!("BULKHEAD_TEST_BACKEND is {other:?}: neither kvm nor emulation"),
+    }
+}
+
+pub fn builtin() -> Builtin {
+    let (vmm, virtiofsd) = (part("BULKHEAD_TEST_VMM"), part("BULKHEAD_TEST_VIRTIOFSD"));
+    Builtin::new(BuiltinConfig { vmm, virtiofsd })
+}
+
+pub fn backend() -> Box<dyn Hypervisor> {
+    if on_kvm() {
+        return Box::new(builtin());
+    }
+    Box::new(Qemu::new(config()))
+}
+
+/// The programs of a machine, the VMM first.
+pub fn parts() -> &'static [&'static str] {
+    if on_kvm() { &[VMM, VIRTIOFSD] } else { &[QEMU, VIRTIOFSD, VSOCK] }
 }
 
 impl Rig {
@@ -90,10 +119,14 @@ impl Rig {
         let listener = UnixListener::bind(path("vsock_1024")).unwrap();
         let shape = Shape {
             vcpus: 1,
+            max_vcpus: 1,
             memory: SizeMib(256),
+            growth: SizeMib(0),
             cmdline: String::new(),
             share_tag: Some("share".into()),
             blocks: Vec::new(),
+            nets: Vec::new(),
+            spare_slots: 0,
         };
         let bindings = Bindings {
             kernel: part("BULKHEAD_TEST_KERNEL"),
@@ -101,6 +134,7 @@ impl Rig {
             share: Some(path("share")),
             vsock: path("vsock"),
             blocks: Vec::new(),
+            nets: Vec::new(),
             run_dir: dir.path().into(),
         };
         Self { dir, shape, bindings, journal: Recorded::default(), listener }
@@ -111,13 +145,19 @@ impl Rig {
     }
 
     pub async fn boot(&self) -> Running {
-        self.boot_by(&backend()).await
+        self.boot_by(&*backend()).await
     }
 
-    pub async fn boot_by(&self, backend: &Qemu) -> Running {
+    pub async fn boot_by(&self, backend: &dyn Hypervisor) -> Running {
         let started = Instant::now();
         let mut machine = backend.launch(&self.shape, &self.bindings, &self.journal).await.unwrap();
         let launched_after = started.elapsed();
+        let (session, guest_uptime) = self.hello(&mut *machine).await;
+        Running { machine, session, launched_after, hello_after: started.elapsed(), guest_uptime }
+    }
+
+    /// Waits for the guest to say hello; answers what its clock said then, too.
+    pub async fn hello(&self, machine: &mut dyn Machine) -> (Session, Duration) {
         let socket = tokio::select! {
             dialled = self.listener.accept() => dialled.unwrap().0,
             end = machine.ended() => panic!("no hello: {end}"),
@@ -127,14 +167,7 @@ impl Rig {
         let mut from_guest = BufReader::new(from_guest).lines();
         let hello = within(from_guest.next_line()).await.unwrap().unwrap();
         let uptime = hello.strip_prefix("hello ").unwrap().parse().unwrap();
-        Running {
-            machine,
-            to_guest,
-            from_guest,
-            launched_after,
-            hello_after: started.elapsed(),
-            guest_uptime: Duration::from_micros(uptime),
-        }
+        (Session { to_guest, from_guest }, Duration::from_micros(uptime))
     }
 
     /// Nothing of the machine may be left: no process, and in its directory only our own files.
@@ -149,18 +182,32 @@ impl Rig {
     }
 }
 
-impl Running {
+impl Session {
     pub async fn command(&mut self, command: &str) -> String {
         self.send(command).await;
-        let answer = within(self.from_guest.next_line()).await.unwrap().expect("the guest answers");
-        match answer.strip_prefix("ok") {
-            Some(text) => text.trim_start().replace("\\n", "\n"),
-            None => panic!("{command}: {answer}"),
-        }
+        self.answer().await
     }
 
     pub async fn send(&mut self, command: &str) {
         self.to_guest.write_all(format!("{command}\n").as_bytes()).await.unwrap();
+    }
+
+    pub async fn answer(&mut self) -> String {
+        let answer = within(self.from_guest.next_line()).await.unwrap().expect("the guest answers");
+        match answer.strip_prefix("ok") {
+            Some(text) => text.trim_start().replace("\\n", "\n"),
+            None => panic!("the guest: {answer}"),
+        }
+    }
+}
+
+impl Running {
+    pub async fn command(&mut self, command: &str) -> String {
+        self.session.command(command).await
+    }
+
+    pub async fn send(&mut self, command: &str) {
+        self.session.send(command).await
     }
 
     pub async fn end(&mut self) -> MachineEnd {

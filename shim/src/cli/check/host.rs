@@ -44,22 +44,19 @@ pub(super) fn kvm(acceleration: &Acceleration) -> Fact {
     }
 }
 
-/// This build has one machine, the emulated one.
+/// Which machine the shim would choose.
 pub(super) fn backend(configured: Backend, acceleration: &Acceleration) -> Fact {
     const NAME: &str = "backend";
     match (configured, acceleration) {
-        (Backend::Kvm, _) => Fact::failure(
+        (Backend::Kvm, Acceleration::Hardware { .. }) => Fact::ok(NAME, "kvm, as configured"),
+        (Backend::Kvm, Acceleration::Emulated { .. }) => Fact::failure(
             NAME,
-            "`hypervisor.backend` asks for kvm, and this build has no KVM machine yet",
+            "`hypervisor.backend` asks for kvm, and this machine does not virtualise",
             "set the key to \"auto\" or \"emulation\"",
         ),
         (Backend::Emulation, _) => Fact::ok(NAME, "emulation, as configured"),
         (Backend::Auto, Acceleration::Emulated { .. }) => Fact::ok(NAME, "auto: emulation"),
-        (Backend::Auto, Acceleration::Hardware { .. }) => Fact::warning(
-            NAME,
-            "auto: emulation, since this build has no KVM machine yet",
-            "nothing; a later version will use the processor",
-        ),
+        (Backend::Auto, Acceleration::Hardware { .. }) => Fact::ok(NAME, "auto: kvm"),
     }
 }
 
@@ -213,9 +210,10 @@ mod tests {
 
     #[test]
     fn the_backend_is_what_the_shim_would_choose() {
-        assert_eq!(backend(Backend::Kvm, &hardware()).status, Status::Failure);
+        assert_eq!(backend(Backend::Kvm, &hardware()).status, Status::Ok);
+        assert_eq!(backend(Backend::Kvm, &emulated()).status, Status::Failure);
         assert_eq!(backend(Backend::Auto, &emulated()).detail, "auto: emulation");
-        assert_eq!(backend(Backend::Auto, &hardware()).status, Status::Warning);
+        assert_eq!(backend(Backend::Auto, &hardware()).detail, "auto: kvm");
         assert_eq!(backend(Backend::Emulation, &hardware()).status, Status::Ok);
         assert_eq!(kvm(&emulated()).status, Status::Warning);
         assert_eq!(kvm(&hardware()).status, Status::Ok);

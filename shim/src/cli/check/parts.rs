@@ -15,6 +15,7 @@ const OLDEST_QEMU: (u32, u32) = (7, 2);
 pub(super) fn facts(config: &Config) -> Vec<Fact> {
     vec![
         qemu(config.resolve_qemu()),
+        program("vmm", config.resolve_vmm()),
         program("virtiofsd", config.resolve_virtiofsd()),
         program("vhost-device-vsock", config.resolve_vhost_device_vsock()),
         file("guest-kernel", config.resolve_kernel(), |path| {

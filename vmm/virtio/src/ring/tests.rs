@@ -165,3 +165,34 @@ proptest! {
         prop_assert!(popped <= 8);
     }
 }
+
+#[test]
+fn several_are_given_back_with_one_index() {
+    for event_idx in [false, true] {
+        let memory = memory();
+        let mut driver = DriverRing::new(&memory, 0x1000, 4);
+        let mut queue = driver.queue(4);
+        queue.set_event_idx(event_idx);
+        let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let mut ring = Ring::new(queue, memory.clone(), interrupt.clone()).unwrap();
+        // The driver waits for the second of three, across the end of the ring.
+        for round in 0..5u16 {
+            let heads: Vec<u16> = (0..3).map(|_| driver.offer(&[(BUFFERS, 8, true)])).collect();
+            let event = GuestAddress(driver.available + 4 + 2 * 4);
+            memory.write_obj((round * 3 + 1).to_le(), event).unwrap();
+            for _ in 0..3 {
+                ring.pop().unwrap().unwrap();
+            }
+            let requests: Vec<_> = heads.iter().map(|&head| (head, u32::from(head) + 1)).collect();
+            ring.complete_together(&requests).unwrap();
+            ring.notify().unwrap();
+            assert!(interrupt.line().read().is_ok(), "round {round}");
+            ring.notify().unwrap();
+            assert!(interrupt.line().read().is_err(), "told once");
+            for request in requests {
+                assert_eq!(driver.take_used(), Some(request));
+            }
+            assert_eq!(driver.take_used(), None);
+        }
+    }
+}

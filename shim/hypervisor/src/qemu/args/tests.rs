@@ -83,20 +83,7 @@ fn golden_block_devices() {
 }
 
 #[test]
-fn golden_helpers() {
-    assert_eq!(
-        shown(&virtiofsd(Path::new("/run/bulkhead/0123/share"), 9)),
-        "
---shared-dir /run/bulkhead/0123/share
---fd 9
---sandbox chroot
---cache auto
---announce-submounts
---inode-file-handles=prefer
---xattr
---log-level warn
-"
-    );
+fn golden_vsock() {
     assert_eq!(
         shown(&vsock(Path::new("/r/vhost-vsock"), Path::new("/r/vsock"))),
         "

@@ -1,5 +1,5 @@
-//! A running machine of this backend: which part dies first, and the end of all of them.
-//! Knows processes and the console's words; knows no command line.
+//! The processes of a running machine: which part dies first, and the end of all of them.
+//! Knows processes and the console's words; knows no backend.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -21,13 +21,13 @@ const VMM_GRACE: Duration = Duration::from_millis(500);
 
 /// Watches the guest's console for the last words of its kernel.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Console {
+pub(crate) struct Console {
     panic: Arc<Mutex<Option<String>>>,
 }
 
 impl Console {
     /// A watcher, and what feeds it.
-    pub(super) fn new() -> (Self, LineSink) {
+    pub(crate) fn new() -> (Self, LineSink) {
         let console = Self::default();
         let panic = console.panic.clone();
         let sink = move |line: &str| {
@@ -49,8 +49,8 @@ fn panic_in(line: &str) -> Option<&str> {
     line.find("Kernel panic - not syncing").map(|at| &line[at..])
 }
 
-/// QEMU and its helpers.
-pub(super) struct QemuMachine {
+/// A VMM and its helpers.
+pub(crate) struct Family {
     /// The VMM first.
     parts: Vec<Child>,
     pid: i32,
@@ -61,10 +61,10 @@ pub(super) struct QemuMachine {
     sockets: Names,
 }
 
-impl QemuMachine {
-    pub(super) fn new(qemu: Child, helpers: Vec<Child>, console: Console, sockets: Names) -> Self {
-        let pid = qemu.pid();
-        let parts = std::iter::once(qemu).chain(helpers).collect();
+impl Family {
+    pub(crate) fn new(vmm: Child, helpers: Vec<Child>, console: Console, sockets: Names) -> Self {
+        let pid = vmm.pid();
+        let parts = std::iter::once(vmm).chain(helpers).collect();
         Self { parts, pid, console, asked: false, end: None, sockets }
     }
 
@@ -83,7 +83,7 @@ impl QemuMachine {
 }
 
 #[async_trait]
-impl Machine for QemuMachine {
+impl Machine for Family {
     fn pid(&self) -> i32 {
         self.pid
     }
@@ -141,7 +141,7 @@ mod tests {
     #[tokio::test]
     async fn the_part_that_failed_is_named_with_its_words() {
         let helpers = vec![part("one", STAY), part("two", "echo broken >&2; exit 4")];
-        let mut machine = QemuMachine::new(part("vmm", STAY), helpers, Console::default(), Names::default());
+        let mut machine = Family::new(part("vmm", STAY), helpers, Console::default(), Names::default());
         let end = machine.ended().await;
         assert_eq!((end.part.as_str(), end.exit, end.asked), ("two", Exit::Code(4), false));
         assert_eq!(end.messages, ["broken"]);
@@ -168,14 +168,14 @@ mod tests {
         vmm.args = vec!["-c".into(), format!("exec bash -c 'exec {fd}>&-; sleep 0.1; kill -SEGV $$'").into()];
         vmm.fds = vec![writer.into()];
         let vmm = Child::spawn(vmm).unwrap();
-        let mut machine = QemuMachine::new(vmm, vec![helper], Console::default(), Names::default());
+        let mut machine = Family::new(vmm, vec![helper], Console::default(), Names::default());
         let end = machine.ended().await;
         assert_eq!((end.part.as_str(), end.exit), ("vmm", Exit::Signal(libc::SIGSEGV)));
     }
 
     #[tokio::test]
     async fn a_helper_that_leaves_alone_is_blamed() {
-        let mut machine = QemuMachine::new(
+        let mut machine = Family::new(
             part("vmm", STAY),
             vec![part("helper", "exit 0")],
             Console::default(),
@@ -186,13 +186,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_kill_is_asked_for_unless_a_part_was_dead_before() {
-        let mut machine =
-            QemuMachine::new(part("vmm", STAY), Vec::new(), Console::default(), Names::default());
+        let mut machine = Family::new(part("vmm", STAY), Vec::new(), Console::default(), Names::default());
         machine.kill().await;
         assert!(machine.ended().await.asked);
 
         let helpers = vec![part("helper", "exit 1")];
-        let mut machine = QemuMachine::new(part("vmm", STAY), helpers, Console::default(), Names::default());
+        let mut machine = Family::new(part("vmm", STAY), helpers, Console::default(), Names::default());
         // The death happened, and nobody asked.
         let _ = machine.parts[1].exited().await;
         machine.kill().await;

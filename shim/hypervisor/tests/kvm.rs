@@ -1,0 +1,189 @@
+//! What only machines of our own VMM can do, and the wall around them. Run in the node VM (`tests/run node`),
+//! with the parts that tests/machine.rs names and `BULKHEAD_TEST_BACKEND=kvm`.
+
+mod rig;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use bulkhead_hypervisor::{Exit, Machine, builtin::BuiltinMachine};
+use bulkhead_vmm_spec::{
+    BlockShape,
+    wire::{Answer, Command, Slot},
+};
+
+use crate::rig::{Rig, Session, builtin, within};
+
+/// A booted machine with its guest's session.
+async fn boot(rig: &Rig) -> (BuiltinMachine, Session) {
+    let mut machine = builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await.unwrap();
+    let (session, _) = rig.hello(&mut machine).await;
+    (machine, session)
+}
+
+async fn tell(machine: &BuiltinMachine, command: Command) -> Answer {
+    machine.command(command, &[]).await.unwrap()
+}
+
+/// A field of /proc/<pid>/status.
+fn status(pid: i32, field: &str) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':')).expect(field);
+    line.trim().to_owned()
+}
+
+fn links(pid: i32, dir: &str) -> Vec<(String, PathBuf)> {
+    let entries = fs::read_dir(format!("/proc/{pid}/{dir}")).unwrap().flatten();
+    entries
+        .filter_map(|e| Some((e.file_name().into_string().unwrap(), fs::read_link(e.path()).ok()?)))
+        .collect()
+}
+
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn the_wall_stands() {
+    let rig = Rig::new();
+    let (mut machine, _guest) = boot(&rig).await;
+    let pid = machine.pid();
+    for ids in ["Uid", "Gid"] {
+        let ids: BTreeSet<u32> = status(pid, ids).split_whitespace().map(|id| id.parse().unwrap()).collect();
+        assert!(ids.len() == 1 && ids.iter().all(|&id| id > 1_900_000_000), "{ids:?}");
+    }
+    assert_eq!(status(pid, "Groups"), "");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+        assert_eq!(status(pid, set), "0000000000000000", "{set}");
+    }
+    assert_eq!((status(pid, "NoNewPrivs").as_str(), status(pid, "Seccomp").as_str()), ("1", "2"));
+
+    // Every thread has its filter.
+    let threads: Vec<String> = fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        .flatten()
+        .map(|t| fs::read_to_string(t.path().join("status")).unwrap())
+        .collect();
+    assert!(threads.len() >= 3, "main, a processor, vsock");
+    assert!(threads.iter().all(|text| text.contains("Seccomp:\t2")), "{threads:#?}");
+
+    let root = PathBuf::from(format!("/proc/{pid}/root/"));
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 0, "the root is empty");
+    assert!(fs::write(root.join("file"), "").is_err(), "and stays so");
+    let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+
+    for (name, namespace) in links(pid, "ns") {
+        // The namespaces of time and of the future children are the host's: it makes no children.
+        if !name.starts_with("time") {
+            let ours = fs::read_link(format!("/proc/self/ns/{name}")).unwrap();
+            assert_ne!(namespace, ours, "{name} is the host's");
+        }
+    }
+    assert_eq!(fs::read_to_string(format!("/proc/{pid}/uid_map")).unwrap(), "", "nobody is anybody in there");
+
+    let given = ["/dev/null", "pipe:", "socket:", "anon_inode:", "/memfd:guest-memory"];
+    for (number, target) in links(pid, "fd") {
+        let target = target.to_string_lossy();
+        assert!(given.iter().any(|prefix| target.starts_with(prefix)), "fd {number}: {target}");
+    }
+    machine.kill().await;
+    rig.assert_nothing_left();
+}
+
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn a_paused_machine_stands_still_and_goes_on() {
+    let rig = Rig::new();
+    let (mut machine, mut guest) = boot(&rig).await;
+    assert_eq!(tell(&machine, Command::Pause).await, Answer::Done);
+    // Paused twice is paused.
+    assert_eq!(tell(&machine, Command::Pause).await, Answer::Done);
+    let exits = |answer| match answer {
+        Answer::Metrics(all) => all["cpus"].clone(),
+        other => panic!("{other:?}"),
+    };
+    let before = exits(tell(&machine, Command::Metrics).await);
+    guest.send("list /").await;
+    let after = exits(tell(&machine, Command::Metrics).await);
+    assert_eq!(before, after, "no processor runs");
+    assert_eq!(tell(&machine, Command::Resume).await, Answer::Done);
+    assert!(!guest.answer().await.is_empty(), "what was asked meanwhile is answered");
+    machine.kill().await;
+}
+
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn what_happens_is_counted() {
+    let rig = Rig::new();
+    let (mut machine, mut guest) = boot(&rig).await;
+    guest.command("mount virtiofs share /share").await;
+    let Answer::Metrics(all) = tell(&machine, Command::Metrics).await else { panic!("metrics") };
+    assert!(all["cpus"]["mmio_writes"] > 0, "{all:?}");
+    for device in ["vsock", "share", "rng"] {
+        assert_eq!(all[device]["transport_activations"], 1, "{device}: {all:?}");
+    }
+    machine.kill().await;
+}
+
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn disks_come_and_go_while_it_runs() {
+    let mut rig = Rig::new();
+    rig.shape.spare_slots = 1;
+    let (mut machine, mut guest) = boot(&rig).await;
+    guest.command("mount sysfs sysfs /sys").await;
+    let path = rig.dir.path().join("disk");
+    fs::write(&path, vec![0; 4 << 20]).unwrap();
+    let attach = |serial: &str| Command::Attach {
+        file: Slot(0),
+        block: BlockShape { serial: serial.into(), read_only: false },
+    };
+    for serial in ["first", "again"] {
+        let disk = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let answer = machine.command(attach(serial), &[disk.as_fd()]).await.unwrap();
+        let Answer::Attached { slot, device } = answer else { panic!("{answer:?}") };
+        let full = machine.command(attach("other"), &[disk.as_fd()]).await.unwrap_err().to_string();
+        assert!(full.contains("no spare slot"), "{full}");
+
+        let driver = "/sys/bus/platform/drivers/virtio-mmio";
+        guest.command(&format!("write {driver}/bind virtio-mmio.{device}")).await;
+        assert_eq!(guest.command("read /sys/block/vda/serial").await, serial);
+        guest.command(&format!("write {driver}/unbind virtio-mmio.{device}")).await;
+        assert_eq!(tell(&machine, Command::Detach { slot }).await, Answer::Done);
+    }
+    let none = machine.command(Command::Detach { slot: 0 }, &[]).await.unwrap_err().to_string();
+    assert!(none.contains("slot 0"), "the vsock device is not one that goes: {none}");
+    machine.kill().await;
+    rig.assert_nothing_left();
+}
+
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn nonsense_is_refused_and_the_machine_goes_on() {
+    let rig = Rig::new();
+    let (mut machine, mut guest) = boot(&rig).await;
+    for command in [
+        Command::Detach { slot: 99 },
+        Command::Attach { file: Slot(7), block: BlockShape { serial: "s".into(), read_only: true } },
+        Command::Resize { growth_bytes: Some(1 << 40), balloon_bytes: None },
+    ] {
+        assert!(machine.command(command.clone(), &[]).await.is_err(), "{command:?}");
+    }
+    assert!(!guest.command("list /").await.is_empty());
+    machine.kill().await;
+}
+
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn stop_ends_it_in_order() {
+    let rig = Rig::new();
+    let (mut machine, _guest) = boot(&rig).await;
+    assert_eq!(tell(&machine, Command::Stop).await, Answer::Done);
+    let end = within(machine.ended()).await;
+    assert_eq!((end.part.as_str(), end.exit), ("bulkhead-vmm", Exit::Code(0)), "{end}");
+    machine.kill().await;
+    assert!(!Path::new(&rig.bindings.vsock).exists());
+    rig.assert_nothing_left();
+}
