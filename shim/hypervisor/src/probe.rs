@@ -505,6 +505,20 @@ mod tests {
     }
 
     #[test]
+    fn a_verdict_is_believed_until_the_next_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let memory = dir.path().join("acceleration");
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        std::fs::write(&memory, format!("{}\nit was seen", boot.trim())).unwrap();
+        assert_eq!(acceleration_remembered(&memory), Acceleration::Hardware { how: "it was seen".into() });
+        std::fs::write(&memory, "another-boot\nit was seen").unwrap();
+        let asked = acceleration_remembered(&memory);
+        assert_ne!(asked, Acceleration::Hardware { how: "it was seen".into() });
+        let kept = std::fs::read_to_string(&memory).unwrap();
+        assert_eq!(kept.contains("another-boot"), matches!(asked, Acceleration::Emulated { .. }), "{kept}");
+    }
+
+    #[test]
     fn a_device_that_is_not_there_is_named() {
         let error = probe(Path::new("/nonexistent/kvm")).unwrap_err();
         assert!(error.to_string().starts_with("/nonexistent/kvm cannot be opened: No such file"), "{error}");
