@@ -114,20 +114,18 @@ pub trait Device: MutEventSubscriber + Send {
 /// The state of a device as plain data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum DeviceState {
-    /// Of [`crate::block`].
-    Block(block::State),
-    /// Of [`crate::fs`].
-    Fs(fs::State),
-    /// Of [`crate::net`].
-    Net(net::State),
     /// Of [`crate::balloon`].
     Balloon(balloon::State),
+    /// Of [`crate::block`].
+    Block(block::State),
     /// Of [`crate::console`].
     Console(console::State),
     /// Of [`crate::fs`].
     Fs(fs::State),
     /// Of [`crate::mem`].
     Mem(mem::State),
+    /// Of [`crate::net`].
+    Net(net::State),
     /// Of [`crate::rng`].
     Rng(rng::State),
     /// Of [`crate::vsock`].
@@ -138,13 +136,12 @@ impl DeviceState {
     /// Where its rings stand, if it was active.
     pub fn rings(&self) -> &[crate::ring::RingState] {
         match self {
-            Self::Block(state) => &state.rings,
-            Self::Fs(state) => &state.rings,
-            Self::Net(state) => &state.rings,
             Self::Balloon(state) => &state.rings,
+            Self::Block(state) => &state.rings,
             Self::Console(state) => &state.rings,
             Self::Fs(state) => &state.rings,
             Self::Mem(state) => &state.rings,
+            Self::Net(state) => &state.rings,
             Self::Rng(state) => &state.rings,
             Self::Vsock(state) => &state.rings,
         }

@@ -27,9 +27,9 @@
 //! * **State is plain data**: [`Device::save`] and [`mmio::Transport::save`] answer values that can be
 //!   written down and turned into the same device elsewhere.
 
+pub mod balloon;
 pub mod block;
 mod buffers;
-pub mod balloon;
 pub mod console;
 pub mod device;
 pub mod fs;
