@@ -568,7 +568,8 @@ async fn listen(
     }
 }
 
-/// Name of the file that remembers, until the host's next boot, that its processor virtualises.
+/// Added to the state directory's name: a file beside it that remembers, until the host's next boot, that its
+/// processor virtualises. Not in it, for that is empty when there is no pod.
 const ACCELERATION: &str = ".acceleration";
 
 /// The machine that the configuration asks for, and that this host can run.
@@ -589,7 +590,9 @@ fn uses_kvm(config: &Config) -> Result<bool, Fault> {
     if backend == Backend::Emulation {
         return Ok(false);
     }
-    match (probe::acceleration_remembered(&config.state_dir.join(ACCELERATION)), backend) {
+    let mut memory = config.state_dir.as_os_str().to_owned();
+    memory.push(ACCELERATION);
+    match (probe::acceleration_remembered(Path::new(&memory)), backend) {
         (Acceleration::Hardware { .. }, _) => Ok(true),
         (Acceleration::Emulated { .. }, Backend::Auto) => Ok(false),
         (Acceleration::Emulated { why }, _) => Err(Fault::new(
