@@ -253,7 +253,8 @@ fn doorkeeper(t: &mut Context, part: &Part) -> Result<(PathBuf, PathBuf)> {
         harness::Run::new("mkfifo").arg(fifo).output()?.ok()?;
     }
     let script = format!(
-        "#!/bin/sh\ncase \"$*\" in *version*) ;; *) echo $$ >{}; read x <{} ;; esac\nexec {} \"$@\"\n",
+        "#!/bin/sh\ncase \"$*\" in *version*) ;; *) read me rest </proc/self/stat; echo $me >{}; read x <{} ;; esac\n\
+         exec {} \"$@\"\n",
         here.display(),
         go.display(),
         real.display()
