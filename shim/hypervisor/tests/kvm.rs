@@ -12,7 +12,7 @@ use std::{
 
 use bulkhead_hypervisor::{Exit, Machine, builtin::BuiltinMachine};
 use bulkhead_vmm_spec::{
-    BlockShape,
+    BlockShape, SizeMib,
     wire::{Answer, Command, Slot},
 };
 
@@ -121,6 +121,7 @@ async fn what_happens_is_counted() {
     guest.command("mount virtiofs share /share").await;
     let Answer::Metrics(all) = tell(&machine, Command::Metrics).await else { panic!("metrics") };
     assert!(all["cpus"]["mmio_writes"] > 0, "{all:?}");
+    println!("exits to userspace after a boot and a mount: {:?}", all["cpus"]);
     for device in ["vsock", "share", "rng"] {
         assert_eq!(all[device]["transport_activations"], 1, "{device}: {all:?}");
     }
@@ -186,4 +187,57 @@ async fn stop_ends_it_in_order() {
     machine.kill().await;
     assert!(!Path::new(&rig.bindings.vsock).exists());
     rig.assert_nothing_left();
+}
+
+/// MemTotal or MemFree of the guest in MiB.
+async fn meminfo(guest: &mut Session, field: &str) -> u64 {
+    let text = guest.command("read /proc/meminfo").await;
+    let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':')).expect(field);
+    line.split_whitespace().next().unwrap().parse::<u64>().unwrap() >> 10
+}
+
+/// Asks the guest until it has what is wanted. There is no event for it in the guest: each question is a
+/// round trip, and the deadline is the test's.
+async fn until(guest: &mut Session, field: &str, wanted: impl Fn(u64) -> bool) {
+    let ask = async { while !wanted(meminfo(guest, field).await) {} };
+    within(ask).await;
+}
+
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn memory_grows_and_shrinks() {
+    let mut rig = Rig::new();
+    rig.shape.growth = SizeMib(512);
+    let (mut machine, mut guest) = boot(&rig).await;
+    guest.command("mount proc proc /proc").await;
+    let before = meminfo(&mut guest, "MemTotal").await;
+    let grow = |mib: u64| Command::Resize { growth_bytes: Some(mib << 20), balloon_bytes: None };
+    tell(&machine, grow(256)).await;
+    until(&mut guest, "MemTotal", |mib| mib > before + 200).await;
+    tell(&machine, grow(0)).await;
+    until(&mut guest, "MemTotal", |mib| mib <= before).await;
+    let Answer::Metrics(all) = tell(&machine, Command::Metrics).await else { panic!("metrics") };
+    assert!(all["mem"].values().sum::<u64>() > 0, "{all:?}");
+
+    // The balloon takes from what it has.
+    let free = meminfo(&mut guest, "MemFree").await;
+    let blow = |mib: u64| Command::Resize { growth_bytes: None, balloon_bytes: Some(mib << 20) };
+    tell(&machine, blow(64)).await;
+    until(&mut guest, "MemFree", |mib| mib + 50 < free).await;
+    tell(&machine, blow(0)).await;
+    until(&mut guest, "MemFree", |mib| mib + 20 > free).await;
+    machine.kill().await;
+}
+
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn processors_can_be_brought_online_later() {
+    let mut rig = Rig::new();
+    (rig.shape.vcpus, rig.shape.max_vcpus) = (1, 2);
+    let (mut machine, mut guest) = boot(&rig).await;
+    guest.command("mount sysfs sysfs /sys").await;
+    assert_eq!(guest.command("read /sys/devices/system/cpu/online").await.trim(), "0");
+    guest.command("write /sys/devices/system/cpu/cpu1/online 1").await;
+    assert_eq!(guest.command("read /sys/devices/system/cpu/online").await.trim(), "0-1");
+    machine.kill().await;
 }

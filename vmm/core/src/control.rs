@@ -21,7 +21,7 @@ use crate::{
     bus::lock,
     devices::{self, Shared},
     door::{Attached, Door},
-    machine::{self, Machine, MachineError, part},
+    machine::{self, Machine, MachineError, Told, part},
     seccomp::{Filters, Kind},
 };
 
@@ -69,7 +69,7 @@ impl Control {
 
     /// Does what it is told; an error is a text for people.
     fn obey(&mut self, command: Command, mut attached: Attached) -> Result<Answer, String> {
-        let Machine { cpus, bus, inventory, vsock, .. } = &self.machine;
+        let Machine { cpus, bus, inventory, told, .. } = &self.machine;
         let text = |e: io::Error| e.to_string();
         match command {
             Command::Pause => {
@@ -82,8 +82,7 @@ impl Control {
             }
             Command::Stop => self.status = Some(status::ENDED),
             Command::Resize { growth_bytes, balloon_bytes } => {
-                let _ = (growth_bytes, balloon_bytes);
-                return Err("this machine cannot change its size".into());
+                resize(told, growth_bytes, balloon_bytes)?;
             }
             Command::Attach { file, block } => {
                 let file = File::from(attached.take(file, "the disk").map_err(text)?);
@@ -106,7 +105,7 @@ impl Control {
             Command::Dialed { dial, stream } => {
                 let stream =
                     stream.map(|slot| attached.take(slot, "the stream")).transpose().map_err(text)?;
-                lock(vsock).dialed(dial, stream.map(UnixStream::from));
+                lock(&told.vsock).dialed(dial, stream.map(UnixStream::from));
             }
         }
         Ok(Answer::Done)
@@ -142,6 +141,21 @@ impl MutEventSubscriber for Control {
             self.listen();
         }
     }
+}
+
+/// Asks the guest to have more or less memory.
+fn resize(told: &Told, growth: Option<u64>, balloon: Option<u64>) -> Result<(), String> {
+    if let Some(bytes) = growth {
+        let Some(mem) = &told.growth else {
+            return Err("this machine was made without memory to grow by".into());
+        };
+        lock(mem).set_requested(bytes).map_err(|e| format!("cannot grow by {bytes} bytes: {e}"))?;
+    }
+    if let Some(bytes) = balloon {
+        let mib = u32::try_from(bytes >> 20).map_err(|_| format!("a balloon of {bytes} bytes"))?;
+        lock(&told.balloon).set_target(mib);
+    }
+    Ok(())
 }
 
 /// Runs the machine to its end, and answers the exit status.

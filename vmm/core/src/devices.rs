@@ -57,6 +57,11 @@ impl Assembly {
         Self { vm, memory, placed: Vec::new(), main: Vec::new(), threads: Vec::new() }
     }
 
+    /// The machine in the kernel.
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
     /// Puts a device into the next window.
     ///
     /// # Errors

@@ -77,7 +77,10 @@ pub(crate) fn enter(identity: Identity) -> Result<(), JailError> {
     setresgid(gid, gid, gid).map_err(step("change the group"))?;
     setresuid(uid, uid, uid).map_err(step("change the user"))?;
     // Where the host forbids it to users, the rest of the wall stands without it.
-    let _ = unshare(CloneFlags::CLONE_NEWUSER);
+    if unshare(CloneFlags::CLONE_NEWUSER).is_ok() {
+        // It begins with every capability, over nothing but itself.
+        empty_bounding_set()?;
+    }
     sys::drop_capabilities().map_err(step("drop capabilities"))?;
     sys::prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(step("give up new privileges"))?;
     sys::prctl(libc::PR_SET_DUMPABLE, 0).map_err(step("refuse to be traced"))?;

@@ -15,8 +15,11 @@ use std::{
 };
 
 use bulkhead_virtio::{
+    balloon::Balloon,
     block::{Block, BlockConfig, EngineChoice},
     fs::Fs,
+    mem::{BLOCK_SIZE, Mem, MemConfig},
+    net::{Net, NetConfig},
     rng::Rng,
     vsock::{Dialer, Vsock},
 };
@@ -31,7 +34,7 @@ use crate::{
     devices::{self, Assembly, Inventory, Loop, MAX_WINDOWS, Shared},
     door::{Attached, Door},
     jail,
-    kvm::{Cpus, Vm},
+    kvm::{Cpus, Growth, Vm},
     legacy::{Console, ConsoleLog, Ports},
     memory::GuestMemoryMap,
     outcome::Outcome,
@@ -87,9 +90,17 @@ pub(crate) struct Machine {
     pub(crate) cpus: Cpus,
     pub(crate) bus: Arc<Bus>,
     pub(crate) inventory: Inventory,
-    pub(crate) vsock: Arc<Mutex<Vsock>>,
+    pub(crate) told: Told,
     pub(crate) outcome: Arc<Outcome>,
     pub(crate) console: Arc<Mutex<ConsoleLog>>,
+}
+
+/// The devices that commands are about.
+pub(crate) struct Told {
+    pub(crate) vsock: Arc<Mutex<Vsock>>,
+    pub(crate) balloon: Arc<Mutex<Balloon>>,
+    /// Where the shape leaves room for more memory.
+    pub(crate) growth: Option<Arc<Mutex<Mem>>>,
 }
 
 /// Makes the machine that the shim asks for at `fd` and runs it to its end. Answers the exit status.
@@ -151,10 +162,10 @@ fn make(boot: &Boot, mut attached: Attached, door: &Door) -> Result<(Control, Ve
     let map = GuestMemoryMap::new(shape.memory, shape.growth, shape.share_tag.is_some())
         .map_err(part("map the guest's memory"))?;
     let boot_end = if map.growth.is_empty() { u64::MAX } else { map.growth.start };
-    vm.add_memory(&map.memory, boot_end)?;
+    let first_slot = vm.add_memory(&map.memory, boot_end)?;
 
     let mut devices = Assembly::new(vm.clone(), map.memory.clone());
-    let vsock = add_devices(&mut devices, boot, &mut attached, door)?;
+    let told = add_devices(&mut devices, boot, &mut attached, door, &map, first_slot)?;
     let words = devices.words();
     let take = |attached: &mut Attached, slot, what| attached.take(slot, what).map(File::from);
     let mut kernel = take(&mut attached, slots.kernel, "the kernel").map_err(MachineError::Boot)?;
@@ -172,7 +183,7 @@ fn make(boot: &Boot, mut attached: Attached, door: &Door) -> Result<(Control, Ve
         start_loop(name, device, &filters, &outcome).map_err(part("start a device's thread"))?;
     }
     let cpus = Cpus::new(&vm, shape.max_vcpus, entry, &bus, &outcome, &filters)?;
-    let machine = Machine { cpus, bus, inventory, vsock, outcome, console };
+    let machine = Machine { cpus, bus, inventory, told, outcome, console };
     Ok((Control::new(machine, door.clone(), filters), main))
 }
 
@@ -193,7 +204,9 @@ fn add_devices(
     boot: &Boot,
     attached: &mut Attached,
     door: &Door,
-) -> Result<Arc<Mutex<Vsock>>, MachineError> {
+    map: &GuestMemoryMap,
+    first_slot: u32,
+) -> Result<Told, MachineError> {
     let (shape, slots) = (&boot.shape, &boot.slots);
     let listener =
         UnixListener::from(attached.take(slots.vsock, "the vsock device").map_err(MachineError::Boot)?);
@@ -205,14 +218,34 @@ fn add_devices(
         let fs = Fs::new(tag, socket, SHARE_QUEUES).map_err(part("agree with virtiofsd on the share"))?;
         devices.add("share", fs, Loop::Main)?;
     }
+    let giver = || map.giver().map_err(part("share the guest's memory"));
+    let balloon = Balloon::new(Box::new(giver()?)).map_err(part("make the balloon"))?;
+    let balloon = devices.add("balloon", balloon, Loop::Main)?;
+    let growth =
+        match Growth::new(devices.vm().clone(), &map.memory, giver()?, map.growth.clone(), first_slot) {
+            Some(backing) => {
+                let (start, size) = (map.growth.start, map.growth.end - map.growth.start);
+                let window = MemConfig { start, size, block_size: BLOCK_SIZE };
+                let mem = Mem::new(window, Box::new(backing)).map_err(part("make the memory device"))?;
+                Some(devices.add("mem", mem, Loop::Main)?)
+            }
+            None => None,
+        };
     devices.add("rng", Rng::new(sys::random).map_err(part("make the entropy source"))?, Loop::Main)?;
     for (n, (block, &slot)) in shape.blocks.iter().zip(&slots.blocks).enumerate() {
         let file = File::from(attached.take(slot, "a disk").map_err(MachineError::Boot)?);
         let disk = disk(file, block).map_err(part("make a disk"))?;
         devices.add(format!("block{n}"), disk, Loop::Own("block"))?;
     }
+    for (n, (net, slots)) in shape.nets.iter().zip(&slots.nets).enumerate() {
+        let tap = File::from(attached.take(slots.tap, "a network card").map_err(MachineError::Boot)?);
+        let vhost = slots.vhost.map(|slot| attached.take(slot, "a network card").map(File::from));
+        let vhost = vhost.transpose().map_err(MachineError::Boot)?;
+        let card = Net::new(NetConfig { tap, mac: net.mac, mtu: net.mtu, vhost });
+        devices.add(format!("net{n}"), card.map_err(part("make a network card"))?, Loop::Own("net"))?;
+    }
     devices.spare(shape.spare_slots);
-    Ok(vsock)
+    Ok(Told { vsock, balloon, growth })
 }
 
 /// A disk on an open file.

@@ -152,6 +152,12 @@ impl Giver {
     }
 }
 
+impl bulkhead_virtio::balloon::Discard for Giver {
+    fn discard(&mut self, address: GuestAddress, len: u64) -> io::Result<()> {
+        self.give_back(address, len)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use vm_memory::Bytes;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Interrupt, Memory, block, fs, net, rng, vsock};
+use crate::{Interrupt, Memory, balloon, block, console, fs, mem, net, rng, vsock};
 
 /// The kinds of devices (virtio 1.2, 5): the number is what the guest reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -114,10 +114,16 @@ pub trait Device: MutEventSubscriber + Send {
 /// The state of a device as plain data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum DeviceState {
+    /// Of [`crate::balloon`].
+    Balloon(balloon::State),
     /// Of [`crate::block`].
     Block(block::State),
+    /// Of [`crate::console`].
+    Console(console::State),
     /// Of [`crate::fs`].
     Fs(fs::State),
+    /// Of [`crate::mem`].
+    Mem(mem::State),
     /// Of [`crate::net`].
     Net(net::State),
     /// Of [`crate::rng`].
@@ -130,8 +136,11 @@ impl DeviceState {
     /// Where its rings stand, if it was active.
     pub fn rings(&self) -> &[crate::ring::RingState] {
         match self {
+            Self::Balloon(state) => &state.rings,
             Self::Block(state) => &state.rings,
+            Self::Console(state) => &state.rings,
             Self::Fs(state) => &state.rings,
+            Self::Mem(state) => &state.rings,
             Self::Net(state) => &state.rings,
             Self::Rng(state) => &state.rings,
             Self::Vsock(state) => &state.rings,

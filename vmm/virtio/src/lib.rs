@@ -27,11 +27,14 @@
 //! * **State is plain data**: [`Device::save`] and [`mmio::Transport::save`] answer values that can be
 //!   written down and turned into the same device elsewhere.
 
+pub mod balloon;
 pub mod block;
 mod buffers;
+pub mod console;
 pub mod device;
 pub mod fs;
 pub mod interrupt;
+pub mod mem;
 pub mod metrics;
 pub mod mmio;
 pub mod net;

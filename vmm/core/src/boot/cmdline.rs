@@ -43,6 +43,10 @@ impl Words<'_> {
             // The table names all; this many start, the others can be brought online.
             line.push_str(&format!(" maxcpus={}", shape.vcpus));
         }
+        if shape.growth.0 > 0 {
+            // What is plugged is used at once, for what can be moved out of it again.
+            line.push_str(" memhp_default_state=online_movable");
+        }
         for device in self.devices {
             let at = layout::VIRTIO + u64::from(device.window) * layout::VIRTIO_STEP;
             line.push_str(&format!(" virtio_mmio.device=512@{at:#x}:{}", device.irq));

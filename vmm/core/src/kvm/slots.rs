@@ -6,6 +6,8 @@ use std::{io, ops::Range};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Vm;
+use bulkhead_virtio::mem::Backing;
+
 use crate::{arch::layout, memory::Giver};
 
 /// The window of memory that can be added.
@@ -17,8 +19,18 @@ pub(crate) struct Growth {
     host: u64,
     /// The first KVM slot that is free for it.
     first_slot: u32,
-    /// Bytes plugged in each block.
+    /// For each slot of [`layout::GROWTH_ALIGN`] bytes a bit for each piece of [`PIECE`] that is plugged.
     plugged: Vec<u64>,
+}
+
+/// What a bit stands for: 64 of them are a slot.
+const PIECE: u64 = layout::GROWTH_ALIGN / 64;
+
+/// The bits of the pieces from byte `start` to byte `end` of a slot.
+fn bits(start: u64, end: u64) -> u64 {
+    let (first, last) = (start / PIECE, end.div_ceil(PIECE));
+    let below = |n: u64| if n >= 64 { u64::MAX } else { (1 << n) - 1 };
+    below(last) & !below(first)
 }
 
 impl Growth {
@@ -36,30 +48,21 @@ impl Growth {
         Some(Self { vm, giver, window, host, first_slot, plugged: vec![0; blocks as usize] })
     }
 
-    /// Lets the guest have a stretch of the window that it does not have.
-    ///
-    /// # Errors
-    /// The stretch is not in the window, or KVM refuses; nothing has changed then.
-    pub(crate) fn plug(&mut self, range: Range<u64>) -> io::Result<()> {
-        for (block, part) in self.blocks(range)? {
-            let before = self.plugged[block];
-            if before == 0 {
+    fn give(&mut self, range: Range<u64>) -> io::Result<()> {
+        for (block, bits) in self.blocks(range)? {
+            if self.plugged[block] == 0 {
                 self.set(block, true)?;
             }
-            self.plugged[block] = before + (part.end - part.start);
+            self.plugged[block] |= bits;
         }
         Ok(())
     }
 
-    /// Takes a stretch from the guest that it has, and gives its pages back to the host.
-    ///
-    /// # Errors
-    /// The stretch is not in the window, or KVM or the host refuse.
-    pub(crate) fn unplug(&mut self, range: Range<u64>) -> io::Result<()> {
-        for (block, part) in self.blocks(range.clone())? {
-            let left = self.plugged[block].saturating_sub(part.end - part.start);
-            self.plugged[block] = left;
-            if left == 0 {
+    fn take(&mut self, range: Range<u64>) -> io::Result<()> {
+        for (block, bits) in self.blocks(range.clone())? {
+            let before = self.plugged[block];
+            self.plugged[block] &= !bits;
+            if before != 0 && self.plugged[block] == 0 {
                 self.set(block, false)?;
             }
         }
@@ -75,8 +78,8 @@ impl Growth {
         self.vm.set_slot(slot, at, size, self.host + offset).map_err(io::Error::other)
     }
 
-    /// The blocks that a stretch touches, each with its part of it.
-    fn blocks(&self, range: Range<u64>) -> io::Result<Vec<(usize, Range<u64>)>> {
+    /// The slots that a stretch touches, each with the bits of its pieces.
+    fn blocks(&self, range: Range<u64>) -> io::Result<Vec<(usize, u64)>> {
         if range.start < self.window.start || range.end > self.window.end || range.start >= range.end {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "memory outside of the window"));
         }
@@ -84,8 +87,32 @@ impl Growth {
         Ok((block(range.start)..=block(range.end - 1))
             .map(|n| {
                 let start = self.window.start + n as u64 * layout::GROWTH_ALIGN;
-                (n, range.start.max(start)..range.end.min(start + layout::GROWTH_ALIGN))
+                let end = range.end.min(start + layout::GROWTH_ALIGN);
+                (n, bits(range.start.max(start) - start, end - start))
             })
             .collect())
+    }
+}
+
+impl Backing for Growth {
+    fn plug(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.give(range)
+    }
+
+    fn unplug(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.take(range)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bit_stands_for_a_piece() {
+        assert_eq!(bits(0, PIECE), 1);
+        assert_eq!(bits(0, layout::GROWTH_ALIGN), u64::MAX);
+        assert_eq!(bits(62 * PIECE, layout::GROWTH_ALIGN), 3 << 62);
+        assert_eq!(bits(PIECE, 3 * PIECE), 0b110);
     }
 }

@@ -54,15 +54,14 @@ pub(super) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> K
 #[derive(Clone)]
 pub(crate) struct Vm {
     pub(super) fd: Arc<VmFd>,
-    pub(super) kvm: Arc<Kvm>,
 }
 
 impl Vm {
-    /// Makes a machine of the descriptor of /dev/kvm.
+    /// Makes a machine of the descriptor of /dev/kvm, which is needed until the processors are made.
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub(crate) fn new(kvm: OwnedFd) -> Result<Self, KvmError> {
+    pub(crate) fn new(kvm: OwnedFd) -> Result<(Self, Kvm), KvmError> {
         use std::os::fd::FromRawFd;
         // SAFETY: the descriptor is owned and handed over; what it is gets asked below, before any use.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -90,7 +89,7 @@ impl Vm {
         // The interval timer: a kernel without a trusted time stamp counter measures time by it.
         let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(timer).map_err(refused("make an interval timer"))?;
-        Ok(Self { fd: Arc::new(fd), kvm: Arc::new(kvm) })
+        Ok((Self { fd: Arc::new(fd) }, kvm))
     }
 
     /// Puts guest memory into the machine: every region that begins below `end`. Answers how many slots

@@ -33,7 +33,7 @@ const HEADER: usize = 12;
 /// comes next on it could belong to anything.
 pub(super) struct Connection {
     socket: UnixStream,
-    patience: Duration,
+    deadline: Instant,
     protocol: VhostUserProtocolFeatures,
     open: bool,
     metrics: Arc<Metrics>,
@@ -49,10 +49,11 @@ impl Connection {
         metrics: Arc<Metrics>,
     ) -> io::Result<(Self, u64)> {
         socket.set_nonblocking(false)?;
-        socket.set_read_timeout(Some(patience))?;
+        // Messages are small against the socket's buffer: who does not read them at all is what this is for.
         socket.set_write_timeout(Some(patience))?;
         let protocol = VhostUserProtocolFeatures::empty();
-        let mut this = Self { socket, patience, protocol, open: true, metrics };
+        let mut this = Self { socket, deadline: Instant::now(), protocol, open: true, metrics };
+        this.begin(patience)?;
         this.set(FrontendReq::SET_OWNER, &[], &[])?;
         let features = this.get(FrontendReq::GET_FEATURES)?;
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
@@ -60,6 +61,12 @@ impl Connection {
         }
         this.agree(queues)?;
         Ok((this, features & !VhostUserVirtioFeatures::all().bits()))
+    }
+
+    /// Gives the messages that follow so much time altogether.
+    pub(super) fn begin(&mut self, patience: Duration) -> io::Result<()> {
+        self.deadline = Instant::now() + patience;
+        self.socket.set_read_timeout(Some(patience))
     }
 
     fn agree(&mut self, queues: usize) -> io::Result<()> {
@@ -147,10 +154,8 @@ impl Connection {
             return Err(io::Error::new(io::ErrorKind::NotConnected, "the backend is gone"));
         }
         self.metrics.messages.increment();
-        let deadline = Instant::now() + self.patience;
-        let done = self.send(request, flags, body, fds, deadline);
-        let done = done.and_then(|()| match answer {
-            Some(answer) => self.receive(request, answer, deadline),
+        let done = self.send(request, flags, body, fds).and_then(|()| match answer {
+            Some(answer) => self.receive(request, answer),
             None => Ok(()),
         });
         if done.is_err() {
@@ -160,44 +165,37 @@ impl Connection {
         done
     }
 
-    fn send(
-        &mut self,
-        request: FrontendReq,
-        flags: u32,
-        body: &[u8],
-        fds: &[RawFd],
-        deadline: Instant,
-    ) -> io::Result<()> {
+    fn send(&mut self, request: FrontendReq, flags: u32, body: &[u8], fds: &[RawFd]) -> io::Result<()> {
         let mut message = Vec::with_capacity(HEADER + body.len());
         for word in [u32::from(request), VERSION | flags, body.len() as u32] {
             message.extend(word.to_ne_bytes());
         }
         message.extend(body);
-        let sent = retried(deadline, || Ok(self.socket.send_with_fds(&[message.as_slice()], fds)?))?;
+        let sent = retried(self.deadline, || Ok(self.socket.send_with_fds(&[message.as_slice()], fds)?))?;
         // The descriptors went with the first byte; a message this small goes in one piece in practice.
         let mut rest = &message[sent..];
         while !rest.is_empty() {
-            let sent = retried(deadline, || self.socket.write(rest))?;
+            let sent = retried(self.deadline, || self.socket.write(rest))?;
             rest = &rest[sent..];
         }
         Ok(())
     }
 
-    fn receive(&mut self, request: FrontendReq, body: &mut [u8], deadline: Instant) -> io::Result<()> {
+    fn receive(&mut self, request: FrontendReq, body: &mut [u8]) -> io::Result<()> {
         let mut header = [0; HEADER];
-        self.fill(&mut header, deadline)?;
+        self.fill(&mut header)?;
         let word = |n: usize| u32::from_ne_bytes([header[n], header[n + 1], header[n + 2], header[n + 3]]);
         let flags = VERSION | VhostUserHeaderFlag::REPLY.bits();
         if (word(0), word(4) & 7, word(8)) != (u32::from(request), flags, body.len() as u32) {
             return Err(invalid("the backend answered something else"));
         }
-        self.fill(body, deadline)
+        self.fill(body)
     }
 
-    fn fill(&mut self, mut out: &mut [u8], deadline: Instant) -> io::Result<()> {
+    fn fill(&mut self, mut out: &mut [u8]) -> io::Result<()> {
         while !out.is_empty() {
             // Descriptors that come along are not asked for, and closed by the kernel.
-            let read = retried(deadline, || self.socket.read(out))?;
+            let read = retried(self.deadline, || self.socket.read(out))?;
             if read == 0 {
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the backend ended the connection"));
             }

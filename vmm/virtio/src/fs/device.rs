@@ -14,7 +14,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
-    Metrics, PATIENCE, PRIORITY_QUEUE_SIZE, REQUEST_QUEUE_SIZE, State, TAG, connection::Connection,
+    DRAIN, Metrics, PATIENCE, PRIORITY_QUEUE_SIZE, REQUEST_QUEUE_SIZE, State, TAG, connection::Connection,
     worker::Session,
 };
 use crate::{ActivateError, Activation, Device, DeviceState, Kind};
@@ -28,6 +28,8 @@ pub struct Fs {
     features: u64,
     backend: Connection,
     session: Option<Session>,
+    patience: Duration,
+    drain: Duration,
     metrics: Arc<Metrics>,
 }
 
@@ -39,7 +41,7 @@ impl Fs {
     /// The tag or the number of rings cannot be; the backend does not answer within 5 s, or lacks what is
     /// needed (REPLY_ACK, MQ, as many rings).
     pub fn new(tag: &str, socket: UnixStream, request_queues: u16) -> io::Result<Self> {
-        Self::with_patience(tag, socket, request_queues, PATIENCE)
+        Self::with_patience(tag, socket, request_queues, PATIENCE, DRAIN)
     }
 
     pub(super) fn with_patience(
@@ -47,6 +49,7 @@ impl Fs {
         socket: UnixStream,
         request_queues: u16,
         patience: Duration,
+        drain: Duration,
     ) -> io::Result<Self> {
         if tag.is_empty() || tag.len() > TAG || request_queues == 0 {
             let what = format!("a tag has 1 to {TAG} bytes, and a file system a ring for requests");
@@ -62,7 +65,8 @@ impl Fs {
         let kicks: io::Result<Vec<EventFd>> = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK)).collect();
         let ours = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
         let features = features & ours;
-        Ok(Self { config, sizes, kicks: kicks?, features, backend, session: None, metrics })
+        let kicks = kicks?;
+        Ok(Self { config, sizes, kicks, features, backend, session: None, patience, drain, metrics })
     }
 
     /// Gives up for good: without the connection nothing can be agreed on with the backend any more.
@@ -106,7 +110,8 @@ impl Device for Fs {
         if queues.len() != self.kicks.len() {
             return Err(ActivateError::Queue(queues.len()));
         }
-        let mut session = Session { memory, features, queues, interrupt, running: false };
+        let (patience, drain) = (self.patience, self.drain);
+        let mut session = Session { memory, features, queues, interrupt, running: false, patience, drain };
         if let Err(error) = session.start(&mut self.backend, &self.kicks) {
             if session.stop(&mut self.backend).is_err() {
                 self.backend.close();
@@ -122,7 +127,9 @@ impl Device for Fs {
         let mut stopped = session.stop(&mut self.backend);
         if self.backend.can_reset() {
             // The next driver begins with a new FUSE session.
-            stopped = stopped.and_then(|()| self.backend.set(FrontendReq::RESET_DEVICE, &[], &[]));
+            stopped = stopped
+                .and_then(|()| self.backend.begin(self.patience))
+                .and_then(|()| self.backend.set(FrontendReq::RESET_DEVICE, &[], &[]));
         }
         if stopped.is_err() {
             self.backend.close();

@@ -31,6 +31,9 @@ const PRIORITY_QUEUE_SIZE: u16 = 128;
 const REQUEST_QUEUE_SIZE: u16 = 1024;
 /// Bytes of a tag (5.11.4).
 const TAG: usize = 36;
-/// How long the backend may take to answer one message. The slowest answers are those to the first message
-/// about memory and to the end of a ring, which waits for the request being served. A vCPU waits with us.
+/// How long the backend may take for the messages of one step (agreeing on features, taking over the
+/// rings). A vCPU waits with us.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take to stop the rings. It ends the request that it is serving first, and that can be a
+/// guest's fsync on a slow disk, which is no reason to give the file system up.
+const DRAIN: Duration = Duration::from_secs(30);

@@ -117,10 +117,16 @@ fn except(at: FrontendReq, mut what: impl FnMut() -> Answer + Send + 'static) ->
     Backend::new(Box::new(move |request, _| if request == at { what() } else { Answer::Honest }))
 }
 
-const SHORT: Duration = Duration::from_millis(50);
+/// For backends that do not answer; the others get the time they have in a machine.
+const SHORT: Duration = Duration::from_millis(300);
 
 fn bench(socket: UnixStream) -> Bench<Fs> {
-    Bench::with_memory(Fs::with_patience("share", socket, 1, SHORT).unwrap(), shared_memory())
+    Bench::with_memory(Fs::new("share", socket, 1).unwrap(), shared_memory())
+}
+
+fn impatient(socket: UnixStream) -> Bench<Fs> {
+    let fs = Fs::with_patience("share", socket, 1, SHORT, 2 * SHORT).unwrap();
+    Bench::with_memory(fs, shared_memory())
 }
 
 fn counted(bench: &Bench<Fs>, name: &str) -> u64 {
@@ -264,7 +270,7 @@ fn a_refusal_fails_the_activation_and_no_more() {
 #[test]
 fn memory_behind_no_file_and_broken_rings_are_refused() {
     let (backend, socket) = agreeable();
-    let mut bench = Bench::new(Fs::with_patience("share", socket, 1, SHORT).unwrap());
+    let mut bench = Bench::new(Fs::new("share", socket, 1).unwrap());
     backend.forget();
     assert!(matches!(bench.activate(1 << 32), Err(ActivateError::Backend { .. })));
     assert_eq!(backend.heard(), [FrontendReq::SET_FEATURES]);
@@ -275,13 +281,46 @@ fn memory_behind_no_file_and_broken_rings_are_refused() {
 #[test]
 fn a_silent_backend_costs_its_patience_once() {
     let (_backend, socket) = except(FrontendReq::SET_MEM_TABLE, || Answer::Silence);
-    let mut bench = bench(socket);
+    let mut bench = impatient(socket);
     let begin = Instant::now();
     let Err(ActivateError::Backend { source, .. }) = bench.activate(1 << 32) else { panic!("it failed") };
     assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);
     assert!(begin.elapsed() >= SHORT);
     let Err(ActivateError::Backend { source, .. }) = bench.activate(1 << 32) else { panic!("it failed") };
     assert_eq!(source.kind(), std::io::ErrorKind::NotConnected);
+}
+
+#[test]
+fn a_ring_that_is_in_use_gets_more_time_to_stop() {
+    let (_backend, socket) = except(FrontendReq::GET_VRING_BASE, || Answer::Silence);
+    let mut bench = impatient(socket);
+    bench.activate(1 << 32).unwrap();
+    let begin = Instant::now();
+    bench.device.lock().unwrap().pause();
+    assert!(begin.elapsed() >= 2 * SHORT);
+    assert!(bench.needs_reset());
+}
+
+#[test]
+fn the_transport_reads_used_buffers_as_pending_until_the_reset() {
+    use virtio_bindings::virtio_mmio::{
+        VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_STATUS,
+    };
+    let (_backend, socket) = agreeable();
+    let mut bench = bench(socket);
+    let device = bench.device.clone();
+    let mut transport = crate::mmio::Transport::new(device, bench.interrupt.clone(), bench.memory.clone());
+    let status = |transport: &mut crate::mmio::Transport| {
+        let mut data = [0; 4];
+        transport.read(u64::from(VIRTIO_MMIO_INTERRUPT_STATUS), &mut data);
+        u32::from_le_bytes(data)
+    };
+    assert_eq!(status(&mut transport), 0);
+    bench.activate(1 << 32).unwrap();
+    transport.write(u64::from(VIRTIO_MMIO_INTERRUPT_ACK), &USED_BUFFER.to_le_bytes());
+    assert_eq!(status(&mut transport), USED_BUFFER);
+    transport.write(u64::from(VIRTIO_MMIO_STATUS), &[0; 4]);
+    assert_eq!(status(&mut transport), 0);
 }
 
 #[test]
@@ -347,6 +386,6 @@ proptest! {
         let mut once = Some(if shaped { reply(at, &bytes) } else { bytes });
         let (_backend, socket) =
             except(at, move || once.take().map_or(Answer::HangUp, Answer::Raw));
-        let _ = Fs::with_patience("share", socket, 1, Duration::from_millis(5));
+        let _ = Fs::with_patience("share", socket, 1, Duration::from_millis(5), SHORT);
     }
 }

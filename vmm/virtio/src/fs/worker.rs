@@ -1,6 +1,10 @@
 //! The rings while the driver has the device active: with the backend, or stopped at known positions.
 
-use std::{os::fd::AsRawFd, sync::Arc, sync::atomic::Ordering};
+use std::{
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use vhost::{
     VhostUserMemoryRegionInfo,
@@ -22,12 +26,15 @@ pub(super) struct Session {
     pub(super) queues: Vec<Queue>,
     pub(super) interrupt: Arc<Interrupt>,
     pub(super) running: bool,
+    pub(super) patience: Duration,
+    pub(super) drain: Duration,
 }
 
 impl Session {
     /// Hands the rings to the backend, each from its position on.
     pub(super) fn start(&mut self, backend: &mut Connection, kicks: &[EventFd]) -> Result<(), ActivateError> {
         let failed = |what| move |source| ActivateError::Backend { what, source };
+        backend.begin(self.patience).map_err(failed("set a deadline for the backend"))?;
         let features = self.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         backend
             .set(FrontendReq::SET_FEATURES, VhostUserU64::new(features).as_slice(), &[])
@@ -94,6 +101,7 @@ impl Session {
         if !self.running {
             return Ok(());
         }
+        backend.begin(self.drain)?;
         for (index, queue) in self.queues.iter_mut().enumerate() {
             queue.set_next_avail(backend.stop_ring(index as u32)?);
             // The backend keeps what it has used in the ring itself.
