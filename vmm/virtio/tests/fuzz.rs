@@ -98,11 +98,11 @@ fn search(name: &str) {
 #[test]
 fn every_target_has_a_test() {
     let names: Vec<&str> = TARGETS.iter().map(|t| t.name).collect();
-    assert_eq!(names, ["mmio", "rng", "block", "net", "vsock", "fs"]);
+    assert_eq!(names, ["mmio", "rng", "block", "net", "vsock", "fs", "balloon", "mem", "console"]);
 }
 
 macro_rules! tests {
     ($($name:ident),+) => { $(#[test] fn $name() { search(stringify!($name)); })+ };
 }
 
-tests!(mmio, rng, block, net, vsock, fs);
+tests!(mmio, rng, block, net, vsock, fs, balloon, mem, console);

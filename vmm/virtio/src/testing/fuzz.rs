@@ -16,6 +16,7 @@
 
 mod devices;
 mod input;
+mod memory;
 mod world;
 
 /// A device as something to attack.
@@ -41,6 +42,9 @@ pub const TARGETS: &[Target] = &[
     // Each stream may have its window under way; a script opens no more than 64 of the wide ones.
     Target { name: "vsock", play: vsock, heap: PLAY_HEAP + (64 << 18) },
     Target { name: "fs", play: fs, heap: PLAY_HEAP },
+    Target { name: "balloon", play: balloon, heap: PLAY_HEAP },
+    Target { name: "mem", play: mem, heap: PLAY_HEAP },
+    Target { name: "console", play: console, heap: PLAY_HEAP },
 ];
 
 /// The transport: registers at any offset in any width, save and restore at any time.
@@ -71,6 +75,21 @@ pub fn vsock(bytes: &[u8]) {
 /// The file system device; the bytes are also what its backend answers.
 pub fn fs(bytes: &[u8]) {
     world::play::<devices::FsSubject>(bytes);
+}
+
+/// The balloon; the bytes are also what the host asks of the guest.
+pub fn balloon(bytes: &[u8]) {
+    world::play::<memory::BalloonSubject>(bytes);
+}
+
+/// The memory device; the bytes are also what the host asks of the guest.
+pub fn mem(bytes: &[u8]) {
+    world::play::<memory::MemSubject>(bytes);
+}
+
+/// The console; the bytes are also what somebody types.
+pub fn console(bytes: &[u8]) {
+    world::play::<devices::ConsoleSubject>(bytes);
 }
 
 /// Makes inputs of inputs: the same ones for the same seed.

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     block::{Block, BlockConfig, EngineChoice},
+    console::Console,
     fs::Fs,
     net::Net,
     rng::Rng,
@@ -157,17 +158,25 @@ impl Subject for NetSubject {
     fn honest(&mut self, world: &mut World) {
         world.rest();
         let frame: Vec<u8> = [0; 12].into_iter().chain(0..60).collect();
-        // Before it may come what waited on the wire for the first driver.
-        for n in 0..32 {
-            world.rings[0].offer(&[(BUFFERS + 4096 * n, 4096, true)]);
-        }
-        world.kick(0);
-        self.wire.send(&frame).expect("send a frame");
-        world.rest();
-        let received: Vec<_> = std::iter::from_fn(|| world.rings[0].take_used()).collect();
-        let (head, len) = *received.last().expect("a frame arrives");
+        // Before it come frames that waited on the wire for the first driver.
+        let mut free: Vec<u64> = (0..32).collect();
+        let (head, len) = loop {
+            for n in free.drain(..) {
+                world.rings[0].offer(&[(BUFFERS + 4096 * n, 4096, true)]);
+            }
+            world.kick(0);
+            let received: Vec<_> = std::iter::from_fn(|| world.rings[0].take_used()).collect();
+            match received.last() {
+                Some(_) => free.extend(received.iter().map(|&(head, _)| u64::from(head) % 32)),
+                None => self.wire.send(&frame).map(|_| ()).expect("send a frame"),
+            }
+            world.rest();
+            if let Some(used) = world.rings[0].take_used() {
+                break used;
+            }
+        };
         assert_eq!(len, 72);
-        assert_eq!(world.bytes(BUFFERS + 4096 * u64::from(head) + 12, 60), frame[12..]);
+        assert_eq!(world.bytes(BUFFERS + 4096 * (u64::from(head) % 32) + 12, 60), frame[12..]);
 
         world.fill(BUFFERS, &frame);
         let head = world.rings[1].offer(&[(BUFFERS, 72, false)]);
@@ -304,6 +313,76 @@ impl Subject for VsockSubject {
             (port == PORTS.0).then(|| u16::from_le_bytes([bytes[30], bytes[31]]))
         });
         assert_eq!(answer, Some(2), "the connection is accepted");
+    }
+}
+
+/// What the guest wrote, as far as there is room.
+#[derive(Clone, Default)]
+struct Screen(Arc<Mutex<Vec<u8>>>);
+
+/// Bytes that a screen takes.
+const SCREEN: usize = 64 << 10;
+
+impl Write for Screen {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut screen = self.0.lock().expect("the screen");
+        let n = bytes.len().min(SCREEN - screen.len());
+        if n == 0 {
+            return Err(std::io::ErrorKind::WouldBlock.into());
+        }
+        screen.extend(&bytes[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+pub(super) struct ConsoleSubject {
+    device: Shared,
+    keys: UnixStream,
+    screen: Screen,
+}
+
+impl Subject for ConsoleSubject {
+    fn new(_input: &mut Input<'_>) -> Self {
+        let (keys, typed) = UnixStream::pair().expect("make a keyboard");
+        keys.set_nonblocking(true).expect("make a keyboard");
+        let screen = Screen::default();
+        let typed = File::from(std::os::fd::OwnedFd::from(typed));
+        let console = Console::new(Box::new(screen.clone()), Some(typed)).expect("make the device");
+        Self { device: Arc::new(Mutex::new(console)), keys, screen }
+    }
+
+    fn device(&self) -> Shared {
+        self.device.clone()
+    }
+
+    fn host(&mut self, input: &mut Input<'_>) {
+        if input.byte() & 1 == 0 {
+            self.screen.0.lock().expect("the screen").clear();
+        } else {
+            // What has no room is not typed.
+            let _ = self.keys.write(&vec![b'k'; (input.len() as usize).min(1 << 18)]);
+        }
+    }
+
+    fn calm(&mut self) {
+        self.screen.0.lock().expect("the screen").clear();
+    }
+
+    fn honest(&mut self, world: &mut World) {
+        world.fill(BUFFERS, b"written");
+        let head = world.rings[1].offer(&[(BUFFERS, 7, false)]);
+        world.kick(1);
+        assert_eq!(world.rings[1].take_used().map(|used| used.0), Some(head));
+        assert_eq!(*self.screen.0.lock().expect("the screen"), b"written");
+        world.rings[0].offer(&[(BUFFERS, 64, true)]);
+        world.kick(0);
+        let _ = self.keys.write(b"typed");
+        world.rest();
+        assert!(world.rings[0].take_used().is_some_and(|(_, len)| len > 0), "keys arrive");
     }
 }
 
