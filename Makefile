@@ -29,7 +29,7 @@ kernel: ## the guest kernel, from Debian's source and guest-image/kernel; prints
 parts: ## the real clients and servers of the tests, pinned and cached; prints their paths
 	@CONTAINERD_VERSIONS="2.4.2 1.7.35" tests/parts/all
 
-test: ## unit, image, machine, contract and functional tests (tests/run GROUP… for some)
+test: ## every group of tests; the functional one a second time in a VM with KVM (tests/run GROUP… for some)
 	@tests/run
 
 lint: ## rustfmt, clippy, shellcheck

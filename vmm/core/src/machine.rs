@@ -158,7 +158,7 @@ fn make(boot: &Boot, mut attached: Attached, door: &Door) -> Result<(Control, Ve
     sys::prepare_kick().map_err(part("handle signals"))?;
     let (shape, slots) = (&boot.shape, &boot.slots);
 
-    let vm = Vm::new(attached.take(slots.kvm, "/dev/kvm").map_err(MachineError::Boot)?)?;
+    let (vm, kvm) = Vm::new(attached.take(slots.kvm, "/dev/kvm").map_err(MachineError::Boot)?)?;
     let map = GuestMemoryMap::new(shape.memory, shape.growth, shape.share_tag.is_some())
         .map_err(part("map the guest's memory"))?;
     let boot_end = if map.growth.is_empty() { u64::MAX } else { map.growth.start };
@@ -182,7 +182,7 @@ fn make(boot: &Boot, mut attached: Attached, door: &Door) -> Result<(Control, Ve
     for (name, device) in threads {
         start_loop(name, device, &filters, &outcome).map_err(part("start a device's thread"))?;
     }
-    let cpus = Cpus::new(&vm, shape.max_vcpus, entry, &bus, &outcome, &filters)?;
+    let cpus = Cpus::new(&kvm, &vm, shape.max_vcpus, entry, &bus, &outcome, &filters)?;
     let machine = Machine { cpus, bus, inventory, told, outcome, console };
     Ok((Control::new(machine, door.clone(), filters), main))
 }

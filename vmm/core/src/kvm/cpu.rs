@@ -19,7 +19,7 @@ use std::{
 
 use bulkhead_vmm_spec::wire::Ended;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
 use vm_memory::GuestAddress;
 
 use super::{
@@ -143,6 +143,7 @@ impl Cpus {
     /// # Errors
     /// KVM refuses one, or no thread can be made.
     pub(crate) fn new(
+        kvm: &Kvm,
         vm: &Vm,
         count: u32,
         entry: GuestAddress,
@@ -152,10 +153,8 @@ impl Cpus {
     ) -> Result<Self, KvmError> {
         let gate = Arc::new(Gate::new(count as usize));
         let counts = Arc::new(ExitCounts::default());
-        let supported = vm
-            .kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(refused("tell what processors it has"))?;
+        let supported =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell what processors it has"))?;
         // Made one after the other before any thread runs: KVM wants ids in order, and a failure here
         // leaves nothing that runs.
         let fds =
@@ -218,7 +217,7 @@ fn make(
 ) -> Result<VcpuFd, KvmError> {
     let fd = vm.fd.create_vcpu(u64::from(id)).map_err(refused("make a processor"))?;
     let mut cpuid = supported.clone();
-    let deadline = vm.kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer);
+    let deadline = vm.fd.check_extension(Cap::TscDeadlineTimer);
     cpuid::shape(&mut cpuid, cpuid::Place { id, cpus: count }, deadline);
     fd.set_cpuid2(&cpuid).map_err(refused("shape a processor"))?;
     let set = |source| KvmError::Refused { what: "set a processor's registers", source };
