@@ -12,7 +12,7 @@ use std::{
 use bulkhead_virtio::testing::fuzz::{Mutator, TARGETS};
 
 /// Inputs of each target beside its corpus.
-const MUTATIONS: usize = 2000;
+const MUTATIONS: usize = 500;
 
 /// Counts what a thread has of the heap: a device and its loop are on one.
 struct Counting;
