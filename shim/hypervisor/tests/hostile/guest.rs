@@ -293,6 +293,7 @@ impl Queue {
     fn lie(&self, kind: u32, number: usize, random: &mut Random) {
         let head = self.head();
         match (kind, number) {
+            (1, 1) => frame(self, head, random),
             (2, _) => block(self, head, random),
             (5, _) => pages(self, head, random),
             (19, 1) => packet(self, head, random),
@@ -347,6 +348,20 @@ impl Queue {
         store(at + 12, flags);
         store(at + 14, next);
     }
+}
+
+/// A frame whose header lies about what is to be done to it.
+fn frame(queue: &Queue, head: u16, random: &mut Random) {
+    let buffer = POOL + (4 << 20) + random.below(256) * 4096;
+    // Flags, kind of segmentation, lengths and offsets (virtio 1.2, 5.1.6), then an IPv4 frame's beginning.
+    let kinds = [0, 1, 3, 4, 5, 0x80, random.next() as u8];
+    store(buffer, random.next());
+    store(buffer, random.below(4) as u8);
+    store(buffer + 1, kinds[random.below(kinds.len() as u64) as usize]);
+    store(buffer + 24, 0x0045_0008u32);
+    let next = (head + 1) % queue.size as u16;
+    queue.describe(head, buffer, length(random).min(4096), 1, next);
+    queue.describe(next, buffer + 64, length(random).min(1 << 20), random.below(8) as u16 / 7 * 2, 0);
 }
 
 /// A request of a disk's, most of the time of the right form, at a place that may not be there.
