@@ -117,7 +117,8 @@ async fn assert_rest(pid: i32, guest: &mut Session) {
         }
         let (used, slept) = (after[name].0 - used, after[name].1 - slept);
         if name.starts_with("vsock") {
-            assert!(slept >= u64::from(LINES) / 2, "{name} slept {slept} times: {before:?}, then {after:?}");
+            // How often depends on how fast the guest asks; what spins never does.
+            assert!(slept > 0, "{name} slept {slept} times: {before:?}, then {after:?}");
         } else {
             assert!(used <= 5, "{name} used {used} ticks for nothing: {before:?}, then {after:?}");
         }
