@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build image kernel parts test lint bench node node-run node-down
+.PHONY: help run up down env build image kernel parts test lint bench bench-kvm node node-run node-down
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ lint: ## rustfmt, clippy, shellcheck
 
 bench: ## times and memory beside runc, as a table and JSON
 	@tests/perf/run
+
+bench-kvm: ## what a machine on KVM costs, as counts that repeat, beside QEMU's microvm; in a node VM
+	@tests/perf/kvm
 
 node: ## a shell in a VM whose /dev/kvm is real (emulated SVM); it stays up
 	@tests/node/shell
