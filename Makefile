@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build image kernel parts test lint bench fuzz node node-run node-down
+.PHONY: help run up down env build image kernel parts test lint bench fuzz node node-run node-down bench-kvm
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,8 @@ bench: ## times and memory beside runc, as a table and JSON
 
 fuzz: ## search for inputs that break a device: make fuzz [TARGET=net] [SECONDS=600 for each]
 	@SECONDS_EACH=$(or $(SECONDS),600) tests/fuzz/run $(TARGET)
+bench-kvm: ## what a machine on KVM costs, as counts that repeat, beside QEMU's microvm; in a node VM
+	@tests/perf/kvm
 
 node: ## a shell in a VM whose /dev/kvm is real (emulated SVM); it stays up
 	@tests/node/shell

@@ -2,7 +2,7 @@
 //! Knows the guest and the conversation of `bulkhead-proto`; must not know what a host is.
 //!
 //! ```text
-//! kernel -> boot (mounts, cgroups, lo) -> fork launcher -> runtime -> dial host -> hello -> serve
+//! kernel -> boot (mounts, cgroups, lo) -> fork launcher -> runtime -> dial host -> hello -> other devices -> serve
 //! ```
 //! The agent ends the machine when the host is gone. A panic outside of a task ends PID 1, which the kernel
 //! reports on the console before it ends the machine: nothing ends silently.
@@ -10,6 +10,7 @@
 mod boot;
 mod cgroup;
 mod configure;
+mod devices;
 mod error;
 mod events;
 mod host;

@@ -52,6 +52,8 @@ pub(crate) async fn run(zygote: Zygote) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("dial the host at vsock port {CONTROL_PORT}"))?;
     host.write_all(&encode_hello(&hello())).await.context("say hello to the host")?;
+    // While the host does what it has to do after the hello.
+    crate::devices::find_the_rest();
 
     let hung_up = Arc::new(Notify::new());
     let connection = Connection { stream: host, hung_up: Arc::clone(&hung_up) };

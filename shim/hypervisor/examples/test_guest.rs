@@ -8,7 +8,7 @@ use std::{
 };
 
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MsFlags, mount, umount},
     sys::{
         reboot::{RebootMode, reboot},
         socket::{AddressFamily, SockFlag, SockType, VsockAddr, connect, socket},
@@ -25,12 +25,35 @@ fn main() {
     let _ = reboot(RebootMode::RB_AUTOBOOT);
 }
 
+/// As the agent does (agent/src/devices.rs): looks again for devices where the kernel found none.
+fn find_the_rest() -> io::Result<()> {
+    let sys = "/devices";
+    fs::create_dir(sys)?;
+    mount(Some("sysfs"), sys, Some("sysfs"), MsFlags::empty(), None::<&str>)?;
+    let bus = format!("{sys}/bus/platform");
+    for number in 0.. {
+        let place = format!("{bus}/devices/virtio-mmio.{number}");
+        if !fs::exists(&place)? {
+            break;
+        }
+        if !fs::exists(format!("{place}/driver"))? {
+            match fs::write(format!("{bus}/drivers/virtio-mmio/bind"), format!("virtio-mmio.{number}")) {
+                // Still empty.
+                Err(e) if e.raw_os_error() == Some(nix::libc::ENODEV) => {}
+                bound => bound?,
+            }
+        }
+    }
+    Ok(umount(sys)?)
+}
+
 fn serve() -> io::Result<()> {
     let host = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     connect(host.as_raw_fd(), &VsockAddr::new(HOST_CID, PORT))?;
     let mut host = fs::File::from(host);
     let uptime = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;
     writeln!(host, "hello {}", uptime.tv_sec() * 1_000_000 + uptime.tv_nsec() / 1_000)?;
+    find_the_rest()?;
     for line in BufReader::new(host.try_clone()?).lines() {
         let line = line?;
         let mut words = line.split(' ');

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::{
     arch::layout,
     boot::DeviceWord,
-    bus::{Bus, Window, lock},
+    bus::{Bus, Place, Window, lock},
     kvm::{KvmError, Vm},
 };
 
@@ -34,6 +34,15 @@ pub(crate) enum Loop {
     Own(&'static str),
 }
 
+/// When the guest finds a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// When its kernel looks for devices.
+    AtBoot,
+    /// When its agent, which has said hello by then, has the driver look again.
+    Later,
+}
+
 /// Devices as they are put together.
 pub(crate) struct Assembly {
     vm: Vm,
@@ -48,7 +57,7 @@ pub(crate) struct Assembly {
 /// A window with what is in it.
 struct Placed {
     name: String,
-    transport: Option<Transport>,
+    place: Place,
 }
 
 impl Assembly {
@@ -71,6 +80,7 @@ impl Assembly {
         name: impl Into<String>,
         device: D,
         on: Loop,
+        found: Found,
     ) -> Result<Arc<Mutex<D>>, KvmError> {
         let device = Arc::new(Mutex::new(device));
         let shared: Shared = device.clone();
@@ -83,14 +93,15 @@ impl Assembly {
                 self.threads.push((format!("{kind}{nth}"), shared));
             }
         }
-        self.placed.push(Placed { name, transport: Some(transport) });
+        let place = Place { transport: Some(transport), shy: found == Found::Later };
+        self.placed.push(Placed { name, place });
         Ok(device)
     }
 
     /// Leaves windows empty for devices that come later.
     pub(crate) fn spare(&mut self, count: u32) {
         for n in 0..count {
-            self.placed.push(Placed { name: format!("spare{n}"), transport: None });
+            self.placed.push(Placed { name: format!("spare{n}"), place: Place::default() });
         }
     }
 
@@ -101,7 +112,7 @@ impl Assembly {
 
     /// The windows for the bus, and the list of what is in them.
     pub(crate) fn finish(self) -> (Vec<Window>, Inventory) {
-        let (names, windows) = self.placed.into_iter().map(|p| (p.name, Mutex::new(p.transport))).unzip();
+        let (names, windows) = self.placed.into_iter().map(|p| (p.name, Mutex::new(p.place))).unzip();
         (windows, Inventory { vm: self.vm, memory: self.memory, names })
     }
 }
@@ -135,11 +146,11 @@ impl Inventory {
     pub(crate) fn attach(&self, bus: &Bus, device: &Shared) -> Result<u32, ChangeError> {
         let spare = |n: &usize| self.names[*n].starts_with("spare");
         let mut spares = (0..self.names.len()).filter(spare);
-        let Some(n) = spares.find(|&n| lock(&bus.windows()[n]).is_none()) else {
+        let Some(n) = spares.find(|&n| lock(&bus.windows()[n]).transport.is_none()) else {
             return Err(ChangeError::Full((0..self.names.len()).filter(spare).count()));
         };
         let transport = connect(&self.vm, &self.memory, n, device)?;
-        *lock(&bus.windows()[n]) = Some(transport);
+        *lock(&bus.windows()[n]) = Place { transport: Some(transport), shy: false };
         Ok(n as u32)
     }
 
@@ -150,7 +161,7 @@ impl Inventory {
     pub(crate) fn detach(&self, bus: &Bus, slot: u32) -> Result<Shared, ChangeError> {
         let n = slot as usize;
         let spare = self.names.get(n).is_some_and(|name| name.starts_with("spare"));
-        let taken = bus.windows().get(n).filter(|_| spare).and_then(|window| lock(window).take());
+        let taken = bus.windows().get(n).filter(|_| spare).and_then(|window| lock(window).transport.take());
         let Some(transport) = taken else { return Err(ChangeError::NotAttached(slot)) };
         let device = transport.device().clone();
         lock(&device).reset();
@@ -162,7 +173,7 @@ impl Inventory {
     pub(crate) fn metrics(&self, bus: &Bus) -> BTreeMap<String, BTreeMap<String, u64>> {
         let mut all = BTreeMap::new();
         for (name, window) in self.names.iter().zip(bus.windows()) {
-            let Some(transport) = &*lock(window) else { continue };
+            let Some(transport) = &lock(window).transport else { continue };
             let mut counts: BTreeMap<String, u64> = BTreeMap::new();
             counts.extend(transport.metrics().list().into_iter().map(|(n, v)| (format!("transport_{n}"), v)));
             counts.extend(lock(transport.device()).metrics().into_iter().map(|(n, v)| (n.to_owned(), v)));
@@ -175,7 +186,7 @@ impl Inventory {
 /// Calls `act` on every device.
 pub(crate) fn each(bus: &Bus, act: impl Fn(&mut dyn Device)) {
     for window in bus.windows() {
-        if let Some(transport) = &*lock(window) {
+        if let Some(transport) = &lock(window).transport {
             act(&mut *lock(transport.device()));
         }
     }

@@ -31,7 +31,7 @@ use crate::{
     boot,
     bus::Bus,
     control::{self, Control},
-    devices::{self, Assembly, Inventory, Loop, MAX_WINDOWS, Shared},
+    devices::{self, Assembly, Found, Inventory, Loop, MAX_WINDOWS, Shared},
     door::{Attached, Door},
     jail,
     kvm::{Cpus, Growth, Vm},
@@ -212,37 +212,39 @@ fn add_devices(
         UnixListener::from(attached.take(slots.vsock, "the vsock device").map_err(MachineError::Boot)?);
     let dialer = Box::new(Broker(door.clone()));
     let vsock = Vsock::new(GUEST_CID, Some(listener), dialer).map_err(part("make the vsock device"))?;
-    let vsock = devices.add("vsock", vsock, Loop::Own("vsock"))?;
+    let vsock = devices.add("vsock", vsock, Loop::Own("vsock"), Found::AtBoot)?;
     if let (Some(tag), Some(slot)) = (&shape.share_tag, slots.share) {
         let socket = UnixStream::from(attached.take(slot, "the share").map_err(MachineError::Boot)?);
         let fs = Fs::new(tag, socket, SHARE_QUEUES).map_err(part("agree with virtiofsd on the share"))?;
-        devices.add("share", fs, Loop::Main)?;
+        devices.add("share", fs, Loop::Main, Found::Later)?;
     }
     let giver = || map.giver().map_err(part("share the guest's memory"));
     let balloon = Balloon::new(Box::new(giver()?)).map_err(part("make the balloon"))?;
-    let balloon = devices.add("balloon", balloon, Loop::Main)?;
+    let balloon = devices.add("balloon", balloon, Loop::Main, Found::Later)?;
     let growth =
         match Growth::new(devices.vm().clone(), &map.memory, giver()?, map.growth.clone(), first_slot) {
             Some(backing) => {
                 let (start, size) = (map.growth.start, map.growth.end - map.growth.start);
                 let window = MemConfig { start, size, block_size: BLOCK_SIZE };
                 let mem = Mem::new(window, Box::new(backing)).map_err(part("make the memory device"))?;
-                Some(devices.add("mem", mem, Loop::Main)?)
+                Some(devices.add("mem", mem, Loop::Main, Found::Later)?)
             }
             None => None,
         };
-    devices.add("rng", Rng::new(sys::random).map_err(part("make the entropy source"))?, Loop::Main)?;
+    let rng = Rng::new(sys::random).map_err(part("make the entropy source"))?;
+    devices.add("rng", rng, Loop::Main, Found::Later)?;
     for (n, (block, &slot)) in shape.blocks.iter().zip(&slots.blocks).enumerate() {
         let file = File::from(attached.take(slot, "a disk").map_err(MachineError::Boot)?);
         let disk = disk(file, block).map_err(part("make a disk"))?;
-        devices.add(format!("block{n}"), disk, Loop::Own("block"))?;
+        devices.add(format!("block{n}"), disk, Loop::Own("block"), Found::Later)?;
     }
     for (n, (net, slots)) in shape.nets.iter().zip(&slots.nets).enumerate() {
         let tap = File::from(attached.take(slots.tap, "a network card").map_err(MachineError::Boot)?);
         let vhost = slots.vhost.map(|slot| attached.take(slot, "a network card").map(File::from));
         let vhost = vhost.transpose().map_err(MachineError::Boot)?;
         let card = Net::new(NetConfig { tap, mac: net.mac, mtu: net.mtu, vhost });
-        devices.add(format!("net{n}"), card.map_err(part("make a network card"))?, Loop::Own("net"))?;
+        let card = card.map_err(part("make a network card"))?;
+        devices.add(format!("net{n}"), card, Loop::Own("net"), Found::Later)?;
     }
     devices.spare(shape.spare_slots);
     Ok(Told { vsock, balloon, growth })

@@ -1,5 +1,11 @@
 //! `bulkhead-vmm`: one process, one virtual machine.
 //! Started by the shim with one end of a socket; everything else arrives by that (see `bulkhead_vmm_spec::wire`).
+//!
+//! Entered by the C library, without the start of Rust's: that one prepares to name a stack overflow, for which
+//! it asks the system a dozen things and each thread gets a further stack. Such a fault ends the process in
+//! either case.
+#![allow(unsafe_code)]
+#![cfg_attr(not(test), no_main)]
 
 mod arch;
 mod boot;
@@ -16,8 +22,6 @@ mod outcome;
 mod seccomp;
 mod sys;
 
-use std::process::ExitCode;
-
 use bulkhead_vmm_spec::wire::status;
 
 const USAGE: &str = "\
@@ -30,34 +34,43 @@ Options:
   --version        Print the version
   --help           Print this text";
 
-fn main() -> ExitCode {
+/// The program's entry; the standard library has the arguments from where the C library put them.
+// SAFETY: the only symbol of this name, with the signature that the C library calls it by.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub extern "C" fn main() -> libc::c_int {
+    // As Rust's own start does: a reader that is gone is an error of a write, not the end of us.
+    if let Err(error) = sys::ignore_broken_pipes() {
+        eprintln!("bulkhead-vmm: cannot ignore SIGPIPE: {error}");
+        return status::FAILED;
+    }
+    run()
+}
+
+/// Does what the command line says; answers the exit status.
+fn run() -> i32 {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let fd = match words[..] {
         ["--version"] => {
             println!("bulkhead-vmm {}", env!("CARGO_PKG_VERSION"));
-            return ExitCode::SUCCESS;
+            return 0;
         }
         ["--help"] => {
             println!("{USAGE}");
-            return ExitCode::SUCCESS;
+            return 0;
         }
         ["--control-fd", fd] => fd.parse().ok().filter(|&fd| fd > 2),
         _ => None,
     };
     let Some(fd) = fd else {
         eprintln!("{USAGE}");
-        return exit(status::USAGE);
+        return status::USAGE;
     };
     match machine::serve(fd) {
-        Ok(status) => exit(status),
+        Ok(status) => status,
         Err(error) => {
             eprintln!("bulkhead-vmm: {error}");
-            exit(status::FAILED)
+            status::FAILED
         }
     }
-}
-
-fn exit(status: i32) -> ExitCode {
-    ExitCode::from(status as u8)
 }

@@ -77,6 +77,14 @@ pub(crate) fn forget(at: *mut u8, size: usize) -> io::Result<()> {
     }
 }
 
+/// Has a write to a pipe or socket that nobody reads fail instead of ending the process.
+pub(crate) fn ignore_broken_pipes() -> io::Result<()> {
+    let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
+    // SAFETY: no handler is installed.
+    unsafe { nix::sys::signal::sigaction(Signal::SIGPIPE, &ignore) }?;
+    Ok(())
+}
+
 /// The signal that makes a processor's thread leave KVM_RUN.
 pub(crate) const KICK: i32 = libc::SIGUSR1;
 

@@ -108,14 +108,18 @@ pub fn parts() -> &'static [&'static str] {
 
 impl Rig {
     pub fn new() -> Self {
+        let guest = std::env::current_exe().unwrap();
+        let guest = guest.ancestors().nth(2).unwrap().join("examples/test_guest");
+        Self::with_initrd(&initrd(&std::fs::read(&guest).expect("cargo builds the example")))
+    }
+
+    /// Files for a machine whose first root file system is this archive.
+    pub fn with_initrd(initrd: &[u8]) -> Self {
         // Socket paths are short, and so is this one.
         let dir = tempfile::Builder::new().prefix("bh").tempdir_in("/tmp").unwrap();
         let path = |name: &str| dir.path().join(name);
         std::fs::create_dir(path("share")).unwrap();
-        let guest = std::env::current_exe().unwrap();
-        let guest = guest.ancestors().nth(2).unwrap().join("examples/test_guest");
-        std::fs::write(path("initrd"), initrd(&std::fs::read(&guest).expect("cargo builds the example")))
-            .unwrap();
+        std::fs::write(path("initrd"), initrd).unwrap();
         let listener = UnixListener::bind(path("vsock_1024")).unwrap();
         let shape = Shape {
             vcpus: 1,

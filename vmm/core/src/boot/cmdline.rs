@@ -7,10 +7,11 @@ use crate::arch::layout;
 
 /// What every machine is told, each with its reason.
 const PARAMETERS: &[&str] = &[
-    // The serial port costs nothing while nothing is said, and is there from the first line on.
-    "console=ttyS0",
-    // Every byte of the console is an exit. Errors and panics still come through.
+    // Every byte of the console is two exits. Errors and panics still come through. First: the early console
+    // begins with what was said before the kernel read it.
     "quiet",
+    // The serial port is there from the first line on. Its driver looks at it by 63 exits.
+    "console=ttyS0",
     // A panic restarts at once; the machine ends then, and a dead guest is a dead process.
     "panic=-1",
     // Restart by triple fault: there is no firmware to ask.

@@ -13,7 +13,10 @@ use bulkhead_vmm_spec::Shape;
 use linux_loader::loader::{KernelLoader, elf::Elf};
 use vm_memory::{GuestAddress, GuestMemory, Permissions, ReadVolatile, VolatileSlice};
 
-use crate::arch::{boot_params, layout, mptable, registers};
+use crate::{
+    arch::{boot_params, layout, mptable, registers},
+    sys,
+};
 pub(crate) use cmdline::{DeviceWord, Words};
 
 /// Why a guest cannot be put into memory.
@@ -55,7 +58,9 @@ pub(crate) fn load(
         .map_err(|e| BootError::Kernel(e.to_string()))?;
     let initrd = load_initrd(memory, shape.memory.bytes(), loaded.kernel_end, initrd)?;
     let cmdline = words.line(shape);
-    let told = boot_params::Told { cmdline: &cmdline, initrd, memory: shape.memory.bytes() };
+    let mut seed = [0; boot_params::SEED];
+    sys::random(&mut seed).map_err(BootError::Parameters)?;
+    let told = boot_params::Told { cmdline: &cmdline, initrd, memory: shape.memory.bytes(), seed };
     boot_params::write(memory, &told).map_err(BootError::Parameters)?;
     mptable::write(memory, shape.max_vcpus).map_err(BootError::Parameters)?;
     registers::write_tables(memory).map_err(BootError::Parameters)?;

@@ -19,6 +19,12 @@ const UNDEFINED_LOADER: u8 = 0xff;
 const BOOT_FLAG: u16 = 0xaa55;
 const ALIGNMENT: u32 = 0x0100_0000;
 
+/// A seed that the kernel counts as enough (drivers/char/random.c: 256 bits).
+pub(crate) const SEED: usize = 32;
+/// The kind of setup_data that is a seed (asm/setup_data.h), and the length of a setup_data without content.
+const SETUP_RNG_SEED: u64 = 9;
+const SETUP_HEADER: u64 = 16;
+
 /// What the kernel is told.
 #[derive(Debug)]
 pub(crate) struct Told<'a> {
@@ -28,6 +34,8 @@ pub(crate) struct Told<'a> {
     pub(crate) initrd: (GuestAddress, u32),
     /// Bytes of memory at boot.
     pub(crate) memory: u64,
+    /// What its random numbers begin with, from the first one on; the entropy device is found later.
+    pub(crate) seed: [u8; SEED],
 }
 
 /// The map of memory at boot; memory that can be added is not in it.
@@ -58,7 +66,15 @@ pub(crate) fn write(memory: &Memory, told: &Told<'_>) -> io::Result<()> {
     text.push(0);
     memory.write_slice(&text, GuestAddress(layout::CMDLINE)).map_err(io::Error::other)?;
 
+    let put = |value: u64, at: u64| memory.write_obj(value, GuestAddress(at)).map_err(io::Error::other);
+    // The next one (none); kind and length, 32 bits each; the content. The kernel wipes it when it has read it.
+    put(0, layout::SETUP_DATA)?;
+    put(SETUP_RNG_SEED | (SEED as u64) << 32, layout::SETUP_DATA + 8)?;
+    let content = GuestAddress(layout::SETUP_DATA + SETUP_HEADER);
+    memory.write_slice(&told.seed, content).map_err(io::Error::other)?;
+
     let mut params = boot_params::default();
+    params.hdr.setup_data = layout::SETUP_DATA;
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = UNDEFINED_LOADER;

@@ -9,6 +9,7 @@
 //! | 1 | APIC id, number of processors, HTT | each processor has its own |
 //! | 1 ECX | HYPERVISOR set | the guest is to look for 0x40000000 |
 //! | 1 ECX | TSC_DEADLINE set where KVM has it | the cheapest timer; KVM leaves the bit to us |
+//! | 1 EDX | MTRR cleared | KVM does not act on them, and a kernel reads all of them three times: 90 exits |
 //! | 1 ECX | MONITOR, VMX cleared | idle is HLT; no machines within the machine |
 //! | 4, 0x8000001d | sharing of caches cut to this machine | topology of the host is none of the guest's |
 //! | 0xa | zero | no performance counters: a side channel, and state to save |
@@ -38,6 +39,7 @@ const HYPERVISOR: u32 = 1 << 31;
 const TSC_DEADLINE: u32 = 1 << 24;
 const MONITOR: u32 = 1 << 3;
 const VMX: u32 = 1 << 5;
+const MTRR: u32 = 1 << 12;
 const HTT: u32 = 1 << 28;
 const SVM: u32 = 1 << 2;
 
@@ -57,7 +59,7 @@ fn shape_entry(entry: &mut kvm_cpuid_entry2, place: Place, tsc_deadline: bool) {
             if tsc_deadline {
                 entry.ecx |= TSC_DEADLINE;
             }
-            entry.edx = if cpus > 1 { entry.edx | HTT } else { entry.edx & !HTT };
+            entry.edx = if cpus > 1 { entry.edx | HTT } else { entry.edx & !HTT } & !MTRR;
         }
         // Cache parameters: bits 25:14 say how many processors share it, less one. Level 3 is everybody's,
         // the others are one core's.

@@ -1,7 +1,8 @@
 //! Where everything lies in the guest's address space.
 //!
 //! ```text
-//!  0x0000_0500  GDT                  0x0000_7000  boot_params ("zero page")
+//!  0x0000_0500  GDT                  0x0000_6000  seed of the random numbers
+//!                                    0x0000_7000  boot_params ("zero page")
 //!  0x0000_9000  page tables          0x0002_0000  command line
 //!  0x0009_fc00  MP table             0x0100_0000  kernel (as its ELF says)
 //!  end of low memory - n             initrd
@@ -13,6 +14,8 @@
 
 /// Global descriptor table.
 pub(crate) const GDT: u64 = 0x500;
+/// More boot parameters (boot.rst, setup_data): a seed.
+pub(crate) const SETUP_DATA: u64 = 0x6000;
 /// The page of boot parameters (Documentation/arch/x86/zero-page.rst).
 pub(crate) const ZERO_PAGE: u64 = 0x7000;
 /// Stack of the first processor, which the 64-bit entry does not use before it has its own.

@@ -94,12 +94,9 @@ pub(crate) fn boot(cpu: &VcpuFd, entry: GuestAddress) -> Result<(), kvm_ioctls::
 }
 
 /// Model-specific registers that differ from KVM's own reset values.
-const MSRS: [(u32, u64); 2] = [
+const MSRS: [(u32, u64); 1] = [
     // IA32_MISC_ENABLE: fast string operations, which firmware switches on (SDM 4, 2.1).
     (0x1a0, 1),
-    // IA32_MTRR_DEF_TYPE: MTRRs on, write-back everywhere: all of memory is RAM, and KVM's second stage
-    // decides for devices. Linux warns of MTRRs that firmware left off.
-    (0x2ff, 1 << 11 | 6),
 ];
 
 /// Sets the model-specific registers of any processor.

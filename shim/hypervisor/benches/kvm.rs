@@ -1,0 +1,350 @@
+//! What a machine costs on KVM, as counts that repeat: instructions, exits, ioctls, system calls, memory.
+//! Run in a node with `NODE_ICOUNT=1`, whose clock counts instructions, by `make bench-kvm`; elsewhere the
+//! counts of exits and calls hold too, and the time is a time. Prints a table and writes JSON; asserts nothing.
+//!
+//! ```text
+//! BULKHEAD_TEST_…=… kvm --initrd FILE [--output FILE] [--memory MIB,MIB] [--qemu PROGRAM] [--net] [--accesses] [--trace FILE] [--append WORDS]
+//! ```
+//! `--accesses` prints what was accessed, `--trace` keeps the last trace.
+//! `--qemu` is a program that runs QEMU's microvm on KVM, for comparison (tests/perf/qemu-kvm).
+
+#[path = "../tests/rig/mod.rs"]
+mod rig;
+mod trace;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    error::Error,
+    fs,
+    path::PathBuf,
+    process::Command as Program,
+};
+
+use bulkhead_hypervisor::{
+    Machine,
+    builtin::BuiltinMachine,
+    qemu::{Qemu, QemuConfig},
+};
+use bulkhead_vmm_spec::{
+    NetBinding, NetShape, SizeMib,
+    wire::{Answer, Command},
+};
+use serde_json::{Value, json};
+use tokio::{io::AsyncReadExt, net::UnixStream};
+
+use crate::{
+    rig::{Rig, builtin, within},
+    trace::{Counts, Tracer},
+};
+
+type Failure = Box<dyn Error>;
+
+/// For the time alone: what is recorded costs instructions too, some 2,000 an exit.
+const FIRST_ENTRY: &[&str] = &["kvm/kvm_entry!"];
+const KVM_EVENTS: &[&str] = &["kvm/kvm_entry", "kvm/kvm_exit", "kvm/kvm_userspace_exit"];
+const ALL_EVENTS: &[&str] = &[
+    "kvm/kvm_entry",
+    "kvm/kvm_exit",
+    "kvm/kvm_userspace_exit",
+    "kvm/kvm_pio",
+    "kvm/kvm_mmio",
+    "kvm/kvm_msr",
+    "kvm/kvm_cpuid",
+    "raw_syscalls/sys_enter",
+];
+/// The tap that a network card is measured with.
+const TAP: &str = "bh-bench0";
+
+struct Options {
+    initrd: Vec<u8>,
+    output: Option<PathBuf>,
+    memory: Vec<u64>,
+    qemu: Option<PathBuf>,
+    net: bool,
+    accesses: bool,
+    trace: Option<PathBuf>,
+    append: String,
+}
+
+fn options() -> Result<Options, Failure> {
+    let mut options = Options {
+        initrd: Vec::new(),
+        output: None,
+        memory: vec![512, 2048],
+        qemu: None,
+        net: false,
+        accesses: false,
+        trace: None,
+        append: String::new(),
+    };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut value = || words.next().ok_or(format!("{word} needs a value"));
+        match word.as_str() {
+            "--initrd" => options.initrd = fs::read(value()?)?,
+            "--output" => options.output = Some(value()?.into()),
+            "--memory" => options.memory = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--qemu" => options.qemu = Some(value()?.into()),
+            "--net" => options.net = true,
+            "--trace" => options.trace = Some(value()?.into()),
+            "--append" => options.append = value()?,
+            "--accesses" => options.accesses = true,
+            // Cargo's own.
+            "--bench" => {}
+            _ => return Err(format!("unknown option {word}").into()),
+        }
+    }
+    if options.initrd.is_empty() {
+        return Err("--initrd must name the guest image with the agent".into());
+    }
+    Ok(options)
+}
+
+fn main() -> Result<(), Failure> {
+    let options = options()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(measure(&options))
+}
+
+async fn measure(options: &Options) -> Result<(), Failure> {
+    let mut all = Vec::new();
+    for &memory in &options.memory {
+        let ours = ours(options, memory).await?;
+        print(&ours, options.accesses);
+        all.push(ours.json());
+        if let Some(qemu) = &options.qemu {
+            let theirs = qemu_microvm(options, memory, qemu).await?;
+            print(&theirs, false);
+            all.push(theirs.json());
+        }
+    }
+    let program = fs::metadata(rig::part("BULKHEAD_TEST_VMM"))?.len();
+    println!("the VMM's program: {:.2} MiB", program as f64 / f64::from(1 << 20));
+    if let Some(path) = &options.output {
+        let icount = fs::read_to_string("/proc/cpuinfo")?.matches("processor\t").count() == 1;
+        let text = json!({ "vmm_bytes": program, "one_processor": icount, "machines": all });
+        fs::write(path, serde_json::to_string_pretty(&text)?)?;
+    }
+    Ok(())
+}
+
+/// One machine, measured.
+struct Measured {
+    what: String,
+    /// From the first entry into the guest to the hello, of a boot that was not traced, in nanoseconds.
+    nanos: u64,
+    /// A boot of which only exits were traced.
+    exits: Counts,
+    /// One of which everything was traced, to its end.
+    calls: Counts,
+    memory: Memory,
+    /// The VMM's own counters at the hello.
+    own: BTreeMap<String, u64>,
+}
+
+/// A process's memory in KiB.
+#[derive(Debug, Default)]
+struct Memory {
+    guest: u64,
+    /// Of it, in pages of 2 MiB.
+    guest_huge: u64,
+    /// Beside the guest's: of this process alone.
+    private: u64,
+    /// Of that, what it has written.
+    dirty: u64,
+}
+
+impl Measured {
+    fn json(&self) -> Value {
+        let Measured { what, nanos, exits: seen, calls, memory, own } = self;
+        json!({
+            "what": what,
+            "nanos_to_hello": nanos,
+            "exits": seen.exits,
+            "exits_total": seen.exits.values().sum::<u64>(),
+            "to_userspace": seen.to_userspace,
+            "to_userspace_total": seen.to_userspace.values().sum::<u64>(),
+            "ioctls": calls.ioctls(),
+            "calls_to_hello": calls.calls.values().sum::<u64>(),
+            "distinct_calls_of_a_life": calls.life.len(),
+            "distinct_calls_of_a_processor": calls.life_cpu.len(),
+            "own_counters": own,
+            "accesses": calls.accesses,
+            "memory_kib": {
+                "guest": memory.guest, "guest_in_2_mib_pages": memory.guest_huge,
+                "private": memory.private, "dirty": memory.dirty,
+            },
+        })
+    }
+}
+
+fn print(m: &Measured, accesses: bool) {
+    let total = |map: &BTreeMap<String, u64>| map.values().sum::<u64>();
+    println!("{}", m.what);
+    println!("  to the hello     {:.2} M instructions or ns/1e6", m.nanos as f64 / 1e6);
+    println!("  exits            {:>6}  {}", total(&m.exits.exits), by_count(&m.exits.exits));
+    println!("  to userspace     {:>6}  {}", total(&m.exits.to_userspace), by_count(&m.exits.to_userspace));
+    println!("  own counters     {:?}", m.own);
+    println!("  ioctls           {:>6}", m.calls.ioctls());
+    println!("  system calls     {:>6} to the hello", m.calls.calls.values().sum::<u64>());
+    println!(
+        "  distinct         {:>6} in a life, {} on a processor's thread",
+        m.calls.life.len(),
+        m.calls.life_cpu.len()
+    );
+    println!(
+        "  memory KiB       {:>6} private beside the guest's ({} written); guest {} of which {} in 2 MiB pages",
+        m.memory.private, m.memory.dirty, m.memory.guest, m.memory.guest_huge
+    );
+    if accesses {
+        println!("{}", by_count(&m.calls.accesses).replace(", ", "\n    "));
+        println!("  calls {:?} in a life {:?}", m.calls.calls, m.calls.life);
+    }
+}
+
+/// The most frequent first.
+fn by_count(map: &BTreeMap<String, u64>) -> String {
+    let mut list: Vec<_> = map.iter().collect();
+    list.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));
+    list.iter().map(|(name, n)| format!("{name} {n}")).collect::<Vec<_>>().join(", ")
+}
+
+fn rig(options: &Options, memory: u64) -> Result<Rig, Failure> {
+    let mut rig = Rig::with_initrd(&options.initrd);
+    rig.shape.memory = SizeMib(memory);
+    rig.shape.cmdline = options.append.clone();
+    if options.net {
+        rig.shape.nets = vec![NetShape { mac: [2, 0, 0, 0, 0, 1], mtu: None }];
+        rig.bindings.nets = vec![NetBinding { tap: TAP.into(), netns: None }];
+    }
+    Ok(rig)
+}
+
+/// A tap that goes with this value.
+struct Tap;
+
+impl Tap {
+    fn new() -> Result<Self, Failure> {
+        let made = Program::new("ip").args(["tuntap", "add", "mode", "tap", "vnet_hdr", TAP]).status()?;
+        if made.success() { Ok(Self) } else { Err(format!("ip cannot make the tap {TAP}").into()) }
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Program::new("ip").args(["link", "delete", TAP]).status();
+    }
+}
+
+/// Waits for the guest's first bytes.
+async fn hello(rig: &Rig, machine: &mut dyn Machine) -> Result<UnixStream, Failure> {
+    let dialled = tokio::select! {
+        dialled = within(rig.listener.accept()) => dialled,
+        end = machine.ended() => return Err(format!("no hello: {end}").into()),
+    };
+    let (mut stream, _) = dialled?;
+    let mut byte = [0];
+    within(stream.read_exact(&mut byte)).await?;
+    Ok(stream)
+}
+
+async fn ours(options: &Options, memory: u64) -> Result<Measured, Failure> {
+    let _tap = options.net.then(Tap::new).transpose()?;
+    // The first one warms caches.
+    boot_ours(options, memory, FIRST_ENTRY).await?;
+    let nanos = boot_ours(options, memory, FIRST_ENTRY).await?.0.nanos;
+    let (exits, ..) = boot_ours(options, memory, KVM_EVENTS).await?;
+    let (calls, use_of_memory, own) = boot_ours(options, memory, ALL_EVENTS).await?;
+    let what = format!("bulkhead-vmm, {memory} MiB{}", if options.net { ", network" } else { "" });
+    Ok(Measured { what, nanos, exits, calls, memory: use_of_memory, own })
+}
+
+async fn boot_ours(
+    options: &Options,
+    memory: u64,
+    events: &[&str],
+) -> Result<(Counts, Memory, BTreeMap<String, u64>), Failure> {
+    let rig = rig(options, memory)?;
+    let tracer = Tracer::start(events)?;
+    let mut machine = builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await?;
+    let stream = hello(&rig, &mut machine).await?;
+    tracer.stop_clock()?;
+    let own = counters(&machine).await?;
+    let (threads, memory) = (threads(machine.pid())?, use_of_memory(machine.pid())?);
+    drop(stream);
+    // The agent ends the machine when the host hangs up: a whole life.
+    within(machine.ended()).await;
+    machine.kill().await;
+    Ok((tracer.counts(&threads, options.trace.as_deref())?, memory, own))
+}
+
+async fn counters(machine: &BuiltinMachine) -> Result<BTreeMap<String, u64>, Failure> {
+    match machine.command(Command::Metrics, &[]).await? {
+        Answer::Metrics(mut all) => Ok(all.remove("cpus").ok_or("no counters of processors")?),
+        other => Err(format!("an answer that was not asked for: {other:?}").into()),
+    }
+}
+
+async fn qemu_microvm(
+    options: &Options,
+    memory: u64,
+    program: &std::path::Path,
+) -> Result<Measured, Failure> {
+    let mut runs = Vec::new();
+    for events in [FIRST_ENTRY, FIRST_ENTRY, KVM_EVENTS, ALL_EVENTS] {
+        let mut rig = rig(options, memory)?;
+        rig.shape.nets.clear();
+        rig.bindings.nets.clear();
+        let tracer = Tracer::start(events)?;
+        let qemu = Qemu::new(QemuConfig { qemu: program.into(), ..rig::config() });
+        let mut machine =
+            bulkhead_hypervisor::Hypervisor::launch(&qemu, &rig.shape, &rig.bindings, &rig.journal).await?;
+        let stream = hello(&rig, &mut *machine).await?;
+        tracer.stop_clock()?;
+        let (threads, memory) = (threads(machine.pid())?, use_of_memory(machine.pid())?);
+        drop(stream);
+        within(machine.ended()).await;
+        machine.kill().await;
+        runs.push((tracer.counts(&threads, options.trace.as_deref())?, memory));
+    }
+    let (calls, use_of_memory) = runs.pop().ok_or("no run")?;
+    let (exits, _) = runs.pop().ok_or("no run")?;
+    let nanos = runs.pop().ok_or("no run")?.0.nanos;
+    let what = format!("QEMU microvm on KVM, {memory} MiB");
+    Ok(Measured { what, nanos, exits, calls, memory: use_of_memory, own: BTreeMap::new() })
+}
+
+fn threads(pid: i32) -> Result<BTreeSet<i32>, Failure> {
+    let mut all = BTreeSet::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        all.insert(task?.file_name().to_string_lossy().parse()?);
+    }
+    Ok(all)
+}
+
+/// Sums a process's smaps: the guest's memory is the mappings of a memfd.
+fn use_of_memory(pid: i32) -> Result<Memory, Failure> {
+    let mut sum = Memory::default();
+    let mut guest = false;
+    for line in fs::read_to_string(format!("/proc/{pid}/smaps"))?.lines() {
+        let Some((name, value)) = line.split_once(':') else { continue };
+        let Some(kib) = value.trim().strip_suffix(" kB").and_then(|v| v.parse::<u64>().ok()) else {
+            // A line that begins a mapping holds colons too (the device's number), and its file's name.
+            if line.contains('-') {
+                guest = line.contains("memfd:");
+            }
+            continue;
+        };
+        match (name, guest) {
+            ("Rss", true) => sum.guest += kib,
+            ("ShmemPmdMapped", true) => sum.guest_huge += kib,
+            ("Private_Clean", false) => sum.private += kib,
+            ("Private_Dirty", false) => {
+                sum.private += kib;
+                sum.dirty += kib;
+            }
+            _ => {}
+        }
+    }
+    Ok(sum)
+}
