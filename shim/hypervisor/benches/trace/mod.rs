@@ -78,7 +78,7 @@ impl<'a> Line<'a> {
 }
 
 impl Tracer {
-    /// A buffer that is recording `events` (`system/event`, with `!` behind it: only the first one).
+    /// A buffer that is recording `events` (`system/event`).
     pub(crate) fn start(events: &[&str]) -> io::Result<Self> {
         let dir = Path::new(INSTANCES).join(format!("bulkhead-{}", std::process::id()));
         fs::create_dir(&dir)?;
@@ -88,12 +88,6 @@ impl Tracer {
             tracer.set(file, value)?;
         }
         for event in events {
-            if let Some(once) = event.strip_suffix('!') {
-                let what = once.replace('/', ":");
-                tracer.set(&format!("events/{once}/trigger"), &format!("disable_event:{what}:1"))?;
-                tracer.set(&format!("events/{once}/enable"), "1")?;
-                continue;
-            }
             tracer.set(&format!("events/{event}/enable"), "1")?;
         }
         Ok(tracer)
