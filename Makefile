@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build image kernel parts test lint bench bench-kvm node node-run node-down
+.PHONY: help run up down env build image kernel parts test lint bench fuzz node node-run node-down bench-kvm
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,7 +29,7 @@ kernel: ## the guest kernel, from Debian's source and guest-image/kernel; prints
 parts: ## the real clients and servers of the tests, pinned and cached; prints their paths
 	@CONTAINERD_VERSIONS="2.4.2 1.7.35" tests/parts/all
 
-test: ## unit, image, machine, contract and functional tests (tests/run GROUP… for some)
+test: ## every group of tests; the functional one a second time in a VM with KVM (tests/run GROUP… for some)
 	@tests/run
 
 lint: ## rustfmt, clippy, shellcheck
@@ -38,6 +38,8 @@ lint: ## rustfmt, clippy, shellcheck
 bench: ## times and memory beside runc, as a table and JSON
 	@tests/perf/run
 
+fuzz: ## search for inputs that break a device: make fuzz [TARGET=net] [SECONDS=600 for each]
+	@SECONDS_EACH=$(or $(SECONDS),600) tests/fuzz/run $(TARGET)
 bench-kvm: ## what a machine on KVM costs, as counts that repeat, beside QEMU's microvm; in a node VM
 	@tests/perf/kvm
 

@@ -87,6 +87,18 @@ pub(crate) fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Ow
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
+/// Sets how long a connect of a vsock socket may take.
+pub(crate) fn set_connect_timeout(socket: &OwnedFd, limit: std::time::Duration) -> io::Result<()> {
+    // linux/vm_sockets.h: SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, which takes a struct timeval.
+    const CONNECT_TIMEOUT: libc::c_int = 6;
+    let limit = libc::timeval { tv_sec: limit.as_secs() as libc::time_t, tv_usec: 0 };
+    let size = size_of_val(&limit) as libc::socklen_t;
+    // SAFETY: the kernel reads one timeval, which outlives the call.
+    check(unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::AF_VSOCK, CONNECT_TIMEOUT, (&raw const limit).cast(), size)
+    })
+}
+
 /// Names this process for people who look at the guest.
 pub(crate) fn set_name(name: &CStr) {
     // SAFETY: reads a C string, which outlives the call.

@@ -61,6 +61,27 @@ pub fn acceleration() -> Acceleration {
     judge(virtualisation_flag().as_deref(), probe(Path::new(DEVICE)))
 }
 
+/// As [`acceleration`], but a processor that has proved itself since the host's boot is believed: the file at
+/// `memory` remembers it. A host that emulates is asked each time, for a module may have been loaded since.
+pub fn acceleration_remembered(memory: &Path) -> Acceleration {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let remembered = std::fs::read_to_string(memory).unwrap_or_default();
+    if let Some((when, how)) = remembered.split_once('\n')
+        && when == boot.trim()
+        && !when.is_empty()
+    {
+        return Acceleration::Hardware { how: how.to_owned() };
+    }
+    let found = acceleration();
+    if let Acceleration::Hardware { how } = &found {
+        // Whole or not at all; where it cannot be written, the next one asks again.
+        let draft = memory.with_extension(std::process::id().to_string());
+        let written = std::fs::write(&draft, format!("{}\n{how}", boot.trim()));
+        let _ = written.and_then(|()| std::fs::rename(&draft, memory));
+    }
+    found
+}
+
 fn judge(flag: Option<&str>, probed: Result<Probe, ProbeError>) -> Acceleration {
     let flags = match flag {
         Some(flag) => format!("the processor has {flag}"),
@@ -200,6 +221,7 @@ const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
 const KVM_CREATE_VM: libc::c_ulong = 0xae01;
 const KVM_GET_SUPPORTED_CPUID: libc::c_ulong = 0xc008_ae05;
 const KVM_SET_CPUID2: libc::c_ulong = 0x4008_ae90;
+const KVM_CREATE_IRQCHIP: libc::c_ulong = 0xae60;
 const KVM_GET_VCPU_MMAP_SIZE: libc::c_ulong = 0xae04;
 const KVM_SET_USER_MEMORY_REGION: libc::c_ulong = 0x4020_ae46;
 const KVM_CREATE_VCPU: libc::c_ulong = 0xae41;
@@ -324,6 +346,9 @@ impl Machine {
             KVM_SET_USER_MEMORY_REGION,
             &raw const region as libc::c_ulong,
         )?;
+        // The loop needs no interrupts. But the first processor of a host without a local APIC makes KVM patch
+        // its own code, on all of the host's processors, and its end once more.
+        ioctl(&vm, "KVM_CREATE_IRQCHIP", KVM_CREATE_IRQCHIP, 0)?;
         let vcpu = owned(ioctl(&vm, "KVM_CREATE_VCPU", KVM_CREATE_VCPU, 0)?);
         let size = ioctl(kvm, "KVM_GET_VCPU_MMAP_SIZE", KVM_GET_VCPU_MMAP_SIZE, 0)?;
         let run = Mapping::new(usize::try_from(size).unwrap_or_default(), Some(vcpu.as_raw_fd()))?;
@@ -477,6 +502,20 @@ mod tests {
              but its probe guest ran 1000 times slower than the processor"
         );
         assert!(matches!(judge(Some("vmx"), Ok(took(25, 2_500))), Acceleration::Emulated { .. }));
+    }
+
+    #[test]
+    fn a_verdict_is_believed_until_the_next_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let memory = dir.path().join("acceleration");
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        std::fs::write(&memory, format!("{}\nit was seen", boot.trim())).unwrap();
+        assert_eq!(acceleration_remembered(&memory), Acceleration::Hardware { how: "it was seen".into() });
+        std::fs::write(&memory, "another-boot\nit was seen").unwrap();
+        let asked = acceleration_remembered(&memory);
+        assert_ne!(asked, Acceleration::Hardware { how: "it was seen".into() });
+        let kept = std::fs::read_to_string(&memory).unwrap();
+        assert_eq!(kept.contains("another-boot"), matches!(asked, Acceleration::Emulated { .. }), "{kept}");
     }
 
     #[test]

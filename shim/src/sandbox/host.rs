@@ -568,10 +568,14 @@ async fn listen(
     }
 }
 
+/// Added to the state directory's name: a file beside it that remembers, until the host's next boot, that its
+/// processor virtualises. Not in it, for that is empty when there is no pod.
+const ACCELERATION: &str = ".acceleration";
+
 /// The machine that the configuration asks for, and that this host can run.
 fn choose(config: &Config) -> Result<Box<dyn Hypervisor>, Fault> {
     let virtiofsd = config.resolve_virtiofsd().map_err(config_fault)?;
-    if uses_kvm(config.hypervisor.backend)? {
+    if uses_kvm(config)? {
         let vmm = config.resolve_vmm().map_err(config_fault)?;
         return Ok(Box::new(Builtin::new(BuiltinConfig { vmm, virtiofsd })));
     }
@@ -581,11 +585,14 @@ fn choose(config: &Config) -> Result<Box<dyn Hypervisor>, Fault> {
 }
 
 /// Whether pods run on KVM: opening /dev/kvm proves nothing, so a guest is asked.
-fn uses_kvm(backend: Backend) -> Result<bool, Fault> {
+fn uses_kvm(config: &Config) -> Result<bool, Fault> {
+    let backend = config.hypervisor.backend;
     if backend == Backend::Emulation {
         return Ok(false);
     }
-    match (probe::acceleration(), backend) {
+    let mut memory = config.state_dir.as_os_str().to_owned();
+    memory.push(ACCELERATION);
+    match (probe::acceleration_remembered(Path::new(&memory)), backend) {
         (Acceleration::Hardware { .. }, _) => Ok(true),
         (Acceleration::Emulated { .. }, Backend::Auto) => Ok(false),
         (Acceleration::Emulated { why }, _) => Err(Fault::new(

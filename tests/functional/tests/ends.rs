@@ -189,6 +189,8 @@ fn containerd_killed_during_exec(t: &mut Context) -> Result<()> {
 
 /// The parts of a pod's machine, from one that is started for it.
 fn parts_of_a_pod(t: &mut Context) -> Result<Vec<Part>> {
+    // No doorkeeper of an earlier victim.
+    t.reset_config()?;
     t.start_sleeper(&[], "c")?;
     let parts = t.parts()?;
     t.remove("c")?;
@@ -242,7 +244,6 @@ fn killed_during_exec(t: &mut Context, victim: usize) -> Result<()> {
 /// Puts a doorkeeper before the program of a part: it says its pid and waits until it is let through, so
 /// that the test knows the moment of the launch without guessing.
 fn doorkeeper(t: &mut Context, part: &Part) -> Result<(PathBuf, PathBuf)> {
-    t.reset_config()?;
     let config: harness::Toml =
         std::fs::read_to_string(t.node().bulkhead_config())?.parse::<harness::TomlTable>()?.into();
     let named = config.get("hypervisor").and_then(|h| h.get(part.key)).and_then(|p| p.as_str());
@@ -252,7 +253,8 @@ fn doorkeeper(t: &mut Context, part: &Part) -> Result<(PathBuf, PathBuf)> {
         harness::Run::new("mkfifo").arg(fifo).output()?.ok()?;
     }
     let script = format!(
-        "#!/bin/sh\ncase \"$*\" in *version*) ;; *) echo $$ >{}; read x <{} ;; esac\nexec {} \"$@\"\n",
+        "#!/bin/sh\ncase \"$*\" in *version*) ;; *) read me rest </proc/self/stat; echo $me >{}; read x <{} ;; esac\n\
+         exec {} \"$@\"\n",
         here.display(),
         go.display(),
         real.display()

@@ -15,14 +15,17 @@ pub(crate) const TESTS: &[Test] = &[
 const SEE: [&str; 2] =
     ["--mount", "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro:nosuid:noexec:nodev"];
 
+/// Goes to that group: with cgroup v2 the whole tree is shown to who has no cgroup namespace of its own.
+const GO: &str = "cd /sys/fs/cgroup; cd .$(sed -n s/^0:://p /proc/self/cgroup) 2>/dev/null;";
+
 fn with_view<'a>(flags: &[&'a str]) -> Vec<&'a str> {
     SEE.iter().chain(flags).copied().collect()
 }
 
 fn memory(t: &mut Context) -> Result<()> {
     let flags = with_view(&["--memory-limit", "100663296"]);
-    let seen =
-        t.sh(&flags, "cd /sys/fs/cgroup; cat memory.max 2>/dev/null || cat memory/memory.limit_in_bytes")?;
+    let script = format!("{GO} cat memory.max 2>/dev/null || cat memory/memory.limit_in_bytes");
+    let seen = t.sh(&flags, &script)?;
     ensure!(seen == "100663296", "saw {seen:?}");
     Ok(())
 }
@@ -49,8 +52,10 @@ fn memory_is_all_usable(t: &mut Context) -> Result<()> {
 
 fn cpus(t: &mut Context) -> Result<()> {
     let flags = with_view(&["--cpus", "0.5"]);
-    let script = "cd /sys/fs/cgroup; cat cpu.max 2>/dev/null || echo $(cat cpu/cpu.cfs_quota_us) $(cat cpu/cpu.cfs_period_us)";
-    let seen = t.sh(&flags, script)?;
+    let script = format!(
+        "{GO} cat cpu.max 2>/dev/null || echo $(cat cpu/cpu.cfs_quota_us) $(cat cpu/cpu.cfs_period_us)"
+    );
+    let seen = t.sh(&flags, &script)?;
     ensure!(seen == "50000 100000", "saw {seen:?}");
     Ok(())
 }

@@ -171,12 +171,21 @@ fn walk(dir: &Path, depth: u32, found: &mut impl FnMut(&Path)) {
 }
 
 /// Directories that containerd, ctr and runc make once and keep, and the fifos of ctr, which its `-d` forgets.
-/// Also bulkhead's own state directory itself: what must go is what it holds.
+/// Also bulkhead's own state directory itself (what must go is what it holds), and the file beside it that remembers
+/// until the next boot that the processor virtualises.
 fn is_containerds_own(path: &Path, namespace: &str) -> bool {
     let Ok(path) = path.strip_prefix("/run") else { return false };
     let Some(path) = path.to_str() else { return false };
     path.starts_with("containerd/fifo/")
-        || ["containerd", "containerd/s", "containerd/fifo", "containerd/runc", "bulkhead"].contains(&path)
+        || [
+            "containerd",
+            "containerd/s",
+            "containerd/fifo",
+            "containerd/runc",
+            "bulkhead",
+            "bulkhead.acceleration",
+        ]
+        .contains(&path)
         || path.strip_prefix("containerd/runc/").is_some_and(|p| p == namespace)
 }
 

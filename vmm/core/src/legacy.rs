@@ -71,17 +71,20 @@ impl ConsoleLog {
     }
 }
 
+/// The console's log, shared by who writes it and who looks for a panic.
+pub(crate) type SharedLog = Arc<Mutex<ConsoleLog>>;
+
 /// The serial port's other end: the process's standard output, line by line, without ever waiting.
 pub(crate) struct Console {
     out: Box<dyn Write + Send>,
-    log: Arc<Mutex<ConsoleLog>>,
+    log: SharedLog,
     pending: Vec<u8>,
 }
 
 impl Console {
     /// A console that is shown on `out`, which must not block.
-    pub(crate) fn new(out: Box<dyn Write + Send>) -> (Self, Arc<Mutex<ConsoleLog>>) {
-        let log = Arc::<Mutex<ConsoleLog>>::default();
+    pub(crate) fn new(out: Box<dyn Write + Send>) -> (Self, SharedLog) {
+        let log = SharedLog::default();
         (Self { out, log: log.clone(), pending: Vec::new() }, log)
     }
 }
@@ -187,7 +190,7 @@ impl Clock {
 }
 
 fn bcd(n: u64) -> u8 {
-    ((n / 10 % 10) << 4 | n % 10) as u8
+    (((n / 10 % 10) << 4) | (n % 10)) as u8
 }
 
 /// Year, month and day of a number of days since 1 January 1970 in the Gregorian calendar: whole periods of
@@ -211,7 +214,7 @@ mod tests {
 
     use super::*;
 
-    fn ports() -> (Ports, Arc<Mutex<ConsoleLog>>, EventFd) {
+    fn ports() -> (Ports, SharedLog, EventFd) {
         let (console, log) = Console::new(Box::new(io::sink()));
         let reset = EventFd::new(EFD_NONBLOCK).unwrap();
         let ports = Ports::new(EventFd::new(EFD_NONBLOCK).unwrap(), reset.try_clone().unwrap(), console);

@@ -35,7 +35,7 @@ use crate::{
     door::{Attached, Door},
     jail,
     kvm::{Cpus, Growth, Vm},
-    legacy::{Console, ConsoleLog, Ports},
+    legacy::{Console, Ports, SharedLog},
     memory::GuestMemoryMap,
     outcome::Outcome,
     seccomp::{Filters, Kind},
@@ -92,7 +92,7 @@ pub(crate) struct Machine {
     pub(crate) inventory: Inventory,
     pub(crate) told: Told,
     pub(crate) outcome: Arc<Outcome>,
-    pub(crate) console: Arc<Mutex<ConsoleLog>>,
+    pub(crate) console: SharedLog,
 }
 
 /// The devices that commands are about.
@@ -188,7 +188,7 @@ fn make(boot: &Boot, mut attached: Attached, door: &Door) -> Result<(Control, Ve
 }
 
 /// The PC's own ports, with the serial port on standard output.
-fn ports(vm: &Vm) -> Result<(Ports, Arc<Mutex<ConsoleLog>>, Arc<Outcome>), MachineError> {
+fn ports(vm: &Vm) -> Result<(Ports, SharedLog, Arc<Outcome>), MachineError> {
     let outcome = Arc::new(Outcome::new().map_err(part("make an eventfd"))?);
     let irq = EventFd::new(EFD_NONBLOCK).map_err(part("make an eventfd"))?;
     vm.add_line(&irq, layout::SERIAL_IRQ)?;

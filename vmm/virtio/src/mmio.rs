@@ -337,6 +337,13 @@ impl Transport {
         if !lock(&self.device).restore(&state.device) {
             return Err(RestoreError::Device);
         }
+        if state.status & NEEDS_RESET != 0 {
+            // It gave itself up, and looks at no ring before its reset, which makes new ones.
+            self.queues.clear();
+            self.active = state.active;
+            self.interrupt.restore(state.status, state.pending, state.generation);
+            return Ok(());
+        }
         let queues = if state.active { state.device.rings() } else { &state.queues };
         let fitting = queues.len() == lock(&self.device).queue_sizes().len();
         let queues: Result<Vec<Queue>, _> = queues.iter().map(|q| q.queue()).collect();

@@ -21,7 +21,7 @@ pub enum RingError {
     /// The available index is further ahead than the ring is long.
     #[error("the available index jumped")]
     Index,
-    /// A chain that loops, leaves its table, nests tables, or points outside the guest's memory.
+    /// A chain that loops, leaves its table, has no end in sight, nests tables, or points outside the guest's memory.
     #[error("a chain of descriptors is broken")]
     Chain,
     /// A readable descriptor after a writable one (virtio 1.2, 2.7.4.2).
@@ -31,6 +31,12 @@ pub enum RingError {
     #[error("the ring is outside of memory")]
     Memory,
 }
+
+/// The most descriptors of a chain. Drivers may not make one longer than its queue, indirect or not
+/// (virtio 1.2, 2.7.5.3.1), which is for each device to say, some with an answer for the driver. This is
+/// more than any device here takes, and 32 times less than the 65,535 that a table can hold: a ring of 256
+/// such tables would be 16 million descriptors for one turn of the event loop.
+const CHAIN_LIMIT: usize = 2048;
 
 /// A stretch of guest memory, whole in one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,7 +149,10 @@ impl Ring {
         }
         // The iterator ends early where a chain is broken: then what came last promises a successor.
         let mut more = true;
-        for descriptor in descriptors {
+        for (n, descriptor) in descriptors.enumerate() {
+            if n == CHAIN_LIMIT {
+                return Err(RingError::Chain);
+            }
             more = descriptor.has_next();
             let spans = if descriptor.is_write_only() {
                 &mut chain.writable

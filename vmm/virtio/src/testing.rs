@@ -1,5 +1,11 @@
 //! A driver's side of a device in plain memory, for unit tests and fuzz targets: rings in a guest that
 //! has no processor. Honest by default; every field of a ring can be written as a liar would.
+//! [`fuzz`] turns bytes into such liars.
+
+#[cfg(feature = "testing")]
+pub mod fuzz;
+#[cfg(feature = "testing")]
+mod sys;
 
 use std::sync::{Arc, Mutex};
 

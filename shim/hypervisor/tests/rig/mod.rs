@@ -27,7 +27,7 @@ use tokio::{
 };
 
 /// For every single wait; two loaded cores take a few seconds where two idle ones take one.
-const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A machine of a test with its files.
 pub struct Rig {
@@ -158,6 +158,14 @@ impl Rig {
         let launched_after = started.elapsed();
         let (session, guest_uptime) = self.hello(&mut *machine).await;
         Running { machine, session, launched_after, hello_after: started.elapsed(), guest_uptime }
+    }
+
+    /// Makes the attacker of `tests/hostile.rs` its guest, with a list of attacks; nothing is shared with it.
+    pub fn attack(&mut self, attacks: &str) {
+        self.bindings.kernel = part("BULKHEAD_TEST_HOSTILE");
+        self.shape.cmdline = format!("attack={attacks}");
+        self.shape.share_tag = None;
+        self.bindings.share = None;
     }
 
     /// Waits for the guest to say hello; answers what its clock said then, too.

@@ -38,7 +38,7 @@ impl Fs {
     /// by the vhost-user backend that listens at the other end of `socket`.
     ///
     /// # Errors
-    /// The tag or the number of rings cannot be; the backend does not answer within 5 s, or lacks what is
+    /// The tag or the number of rings cannot be; the backend does not answer within 20 s, or lacks what is
     /// needed (REPLY_ACK, MQ, as many rings).
     pub fn new(tag: &str, socket: UnixStream, request_queues: u16) -> io::Result<Self> {
         Self::with_patience(tag, socket, request_queues, PATIENCE, DRAIN)

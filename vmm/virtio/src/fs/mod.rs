@@ -33,7 +33,7 @@ const REQUEST_QUEUE_SIZE: u16 = 1024;
 const TAG: usize = 36;
 /// How long the backend may take for the messages of one step (agreeing on features, taking over the
 /// rings). A vCPU waits with us.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// How long it may take to stop the rings. It ends the request that it is serving first, and that can be a
 /// guest's fsync on a slow disk, which is no reason to give the file system up.
 const DRAIN: Duration = Duration::from_secs(30);

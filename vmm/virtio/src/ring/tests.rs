@@ -105,6 +105,21 @@ fn an_indirect_table_is_followed_and_a_nested_one_is_not() {
 }
 
 #[test]
+fn a_table_of_any_length_is_followed_so_far_only() {
+    for (descriptors, fine) in [(CHAIN_LIMIT, true), (CHAIN_LIMIT + 1, false), (65_535, false)] {
+        let (mut driver, mut ring) = rings(8);
+        for n in 0..descriptors {
+            let table = DriverRing::new(ring.memory(), BUFFERS, 8);
+            let flags = if n + 1 == descriptors { WRITE } else { WRITE | NEXT };
+            table.descriptor(n as u16, 0x8000, 1, flags, n as u16 + 1);
+        }
+        driver.descriptor(0, BUFFERS, 16 * descriptors as u32, INDIRECT, 0);
+        driver.offer_head(0);
+        assert_eq!(ring.pop().is_ok(), fine, "{descriptors}");
+    }
+}
+
+#[test]
 fn empty_buffers_are_left_out() {
     let (mut driver, mut ring) = rings(8);
     driver.offer(&[(BUFFERS, 0, false), (BUFFERS, 2, true)]);
