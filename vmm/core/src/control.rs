@@ -114,11 +114,12 @@ impl Control {
     /// The guest or a part of the machine has ended it.
     fn ended(&mut self) {
         let mut ended = self.machine.outcome.ended();
-        let panic = lock(&self.machine.console).panic().map(str::to_owned);
-        if let Some(message) = panic {
+        let console = lock(&self.machine.console);
+        if let Some(message) = console.panic().map(str::to_owned) {
             ended = Ended::Failure(message.clone());
-            self.door.tell(Event::Panic { message });
+            self.door.tell(Event::Panic { message, console: console.last() });
         }
+        drop(console);
         if let Ended::Failure(text) = &ended {
             eprintln!("bulkhead-vmm: {text}");
         }

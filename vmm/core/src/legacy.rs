@@ -51,6 +51,11 @@ impl ConsoleLog {
         self.panic.as_deref()
     }
 
+    /// The last lines of the console.
+    pub(crate) fn last(&self) -> Vec<String> {
+        self.last.iter().cloned().collect()
+    }
+
     fn push(&mut self, byte: u8) {
         if byte != b'\n' {
             if self.line.len() < KEPT_BYTES {
@@ -58,7 +63,13 @@ impl ConsoleLog {
             }
             return;
         }
-        let text = String::from_utf8_lossy(&self.line).trim_end().to_owned();
+        // Control characters of a guest must not reach a terminal, nor swell sixfold in a message.
+        let text = String::from_utf8_lossy(&self.line);
+        let text: String = text
+            .trim_end()
+            .chars()
+            .map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c })
+            .collect();
         self.line.clear();
         if let Some(at) = text.find(PANIC) {
             // The first one: others may follow from it.
@@ -260,6 +271,15 @@ mod tests {
         let log = log.lock().unwrap();
         assert_eq!(log.panic(), Some("Kernel panic - not syncing: Attempted to kill init!"));
         assert_eq!(log.last.len(), 2);
+    }
+
+    #[test]
+    fn control_characters_are_made_harmless() {
+        let (mut ports, log, _) = ports();
+        for &byte in b"a\x1b[2Jb\n" {
+            ports.write(0x3f8, &[byte]);
+        }
+        assert_eq!(log.lock().unwrap().last(), ["a\u{fffd}[2Jb"]);
     }
 
     #[test]

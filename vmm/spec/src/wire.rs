@@ -167,6 +167,8 @@ pub enum Event {
     Panic {
         /// The line by which it said so.
         message: String,
+        /// The last lines of its console, that one among them.
+        console: Vec<String>,
     },
     /// The machine is about to end.
     Ended(Ended),

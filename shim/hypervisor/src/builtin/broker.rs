@@ -114,7 +114,9 @@ impl Broker {
                 }
                 Message::Event(Event::Dial { dial, port }) => self.connect(dial, port).await?,
                 // What they say arrives by the console and by the VMM's last words too, which are kept.
-                Message::Event(Event::Panic { message }) => tracing::debug!("guest kernel: {message}"),
+                Message::Event(Event::Panic { message, console }) => {
+                    tracing::debug!("guest kernel: {message}; end of its console: {}", console.join(" | "));
+                }
                 Message::Event(Event::Ended(Ended::Guest)) => {
                     tracing::debug!("the guest has ended its machine")
                 }
