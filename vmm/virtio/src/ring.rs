@@ -284,27 +284,16 @@ pub struct RingState {
 impl RingState {
     /// The ring at this position; an error if no ring can be there.
     pub fn queue(self) -> io::Result<Queue> {
-        let Self {
-            max_size,
-            next_avail,
-            next_used,
-            event_idx_enabled,
-            size,
-            ready,
-            desc_table,
-            avail_ring,
-            used_ring,
-        } = self;
         let state = QueueState {
-            max_size,
-            next_avail,
-            next_used,
-            event_idx_enabled,
-            size,
-            ready,
-            desc_table,
-            avail_ring,
-            used_ring,
+            max_size: self.max_size,
+            next_avail: self.next_avail,
+            next_used: self.next_used,
+            event_idx_enabled: self.event_idx_enabled,
+            size: self.size,
+            ready: self.ready,
+            desc_table: self.desc_table,
+            avail_ring: self.avail_ring,
+            used_ring: self.used_ring,
         };
         Queue::try_from(state).map_err(io::Error::other)
     }
@@ -312,27 +301,16 @@ impl RingState {
 
 impl From<QueueState> for RingState {
     fn from(state: QueueState) -> Self {
-        let QueueState {
-            max_size,
-            next_avail,
-            next_used,
-            event_idx_enabled,
-            size,
-            ready,
-            desc_table,
-            avail_ring,
-            used_ring,
-        } = state;
         Self {
-            max_size,
-            next_avail,
-            next_used,
-            event_idx_enabled,
-            size,
-            ready,
-            desc_table,
-            avail_ring,
-            used_ring,
+            max_size: state.max_size,
+            next_avail: state.next_avail,
+            next_used: state.next_used,
+            event_idx_enabled: state.event_idx_enabled,
+            size: state.size,
+            ready: state.ready,
+            desc_table: state.desc_table,
+            avail_ring: state.avail_ring,
+            used_ring: state.used_ring,
         }
     }
 }
