@@ -1,9 +1,9 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build image kernel parts test lint bench fuzz node node-run node-down bench-kvm
+.PHONY: help run up down env build image kernel parts test lint bench fuzz node node-run node-down bench-kvm bench-node
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 run: ## from a fresh clone to a container in its own VM; leaves a private containerd up
 	@scripts/run
@@ -40,8 +40,12 @@ bench: ## times and memory beside runc, as a table and JSON
 
 fuzz: ## search for inputs that break a device: make fuzz [TARGET=net] [SECONDS=600 for each]
 	@SECONDS_EACH=$(or $(SECONDS),600) tests/fuzz/run $(TARGET)
-bench-kvm: ## what a machine on KVM costs, as counts that repeat, beside QEMU's microvm; in a node VM
+
+bench-kvm: ## what a machine on KVM costs, as counts that repeat; in a node VM
 	@tests/perf/kvm
+
+bench-node: ## times and memory of pods on KVM beside runc, as ratios; in a node VM
+	@tests/perf/node
 
 node: ## a shell in a VM whose /dev/kvm is real (emulated SVM); it stays up
 	@tests/node/shell

@@ -3,9 +3,10 @@
 //! counts of exits and calls hold too, and the time is a time. Prints a table and writes JSON; asserts nothing.
 //!
 //! ```text
-//! BULKHEAD_TEST_…=… kvm --initrd FILE [--output FILE] [--memory MIB,MIB] [--qemu PROGRAM] [--net] [--accesses] [--trace FILE] [--append WORDS]
+//! BULKHEAD_TEST_…=… kvm --initrd FILE [--output FILE] [--memory MIB,MIB] [--qemu PROGRAM] [--net] [--accesses] [--trace FILE] [--append WORDS] [--times ROUNDS]
 //! ```
-//! `--accesses` prints what was accessed, `--trace` keeps the last trace.
+//! `--accesses` prints what was accessed, `--trace` keeps the last trace. `--times` measures nothing but the time from
+//! launch to hello, of ours and of QEMU's machines in turns.
 //! `--qemu` is a program that runs QEMU's microvm on KVM, for comparison (tests/perf/qemu-kvm).
 
 #[path = "../tests/rig/mod.rs"]
@@ -16,8 +17,9 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     error::Error,
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::Command as Program,
+    time::Instant,
 };
 
 use bulkhead_hypervisor::{
@@ -64,6 +66,7 @@ struct Options {
     accesses: bool,
     trace: Option<PathBuf>,
     append: String,
+    times: Option<usize>,
 }
 
 fn options() -> Result<Options, Failure> {
@@ -76,6 +79,7 @@ fn options() -> Result<Options, Failure> {
         accesses: false,
         trace: None,
         append: String::new(),
+        times: None,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -88,6 +92,7 @@ fn options() -> Result<Options, Failure> {
             "--net" => options.net = true,
             "--trace" => options.trace = Some(value()?.into()),
             "--append" => options.append = value()?,
+            "--times" => options.times = Some(value()?.parse()?),
             "--accesses" => options.accesses = true,
             // Cargo's own.
             "--bench" => {}
@@ -103,7 +108,10 @@ fn options() -> Result<Options, Failure> {
 fn main() -> Result<(), Failure> {
     let options = options()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(measure(&options))
+    match options.times {
+        Some(rounds) => runtime.block_on(times(&options, rounds)),
+        None => runtime.block_on(measure(&options)),
+    }
 }
 
 async fn measure(options: &Options) -> Result<(), Failure> {
@@ -278,6 +286,60 @@ async fn boot_ours(
     Ok((tracer.counts(&threads, options.trace.as_deref())?, memory, own))
 }
 
+/// From launch to hello by the clock, in turns: each kind begins every second round.
+async fn times(options: &Options, rounds: usize) -> Result<(), Failure> {
+    let qemu = options.qemu.as_deref();
+    for &memory in &options.memory {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        // The first round warms caches.
+        for round in 0..=rounds {
+            for of_qemu in if round % 2 == 0 { [false, true] } else { [true, false] } {
+                if of_qemu && qemu.is_none() {
+                    continue;
+                }
+                let took = launch_to_hello(options, memory, qemu.filter(|_| of_qemu)).await?;
+                if round > 0 {
+                    if of_qemu { &mut theirs } else { &mut ours }.push(took);
+                }
+            }
+        }
+        let [low, ours, high] = quartiles(&mut ours);
+        println!(
+            "launch to hello, {memory} MiB, {rounds} rounds: bulkhead-vmm {ours:.3} s ({low:.3} .. {high:.3})"
+        );
+        if !theirs.is_empty() {
+            let [low, theirs, high] = quartiles(&mut theirs);
+            println!("  QEMU microvm {theirs:.3} s ({low:.3} .. {high:.3}), {:.2} times ours", theirs / ours);
+        }
+    }
+    Ok(())
+}
+
+/// Of one machine: of our VMM, or of the QEMU that `qemu` is.
+async fn launch_to_hello(options: &Options, memory: u64, qemu: Option<&Path>) -> Result<f64, Failure> {
+    let rig = rig(options, memory)?;
+    let clock = Instant::now();
+    let mut machine: Box<dyn Machine> = match qemu {
+        Some(program) => {
+            let qemu = Qemu::new(QemuConfig { qemu: program.into(), ..rig::config() });
+            bulkhead_hypervisor::Hypervisor::launch(&qemu, &rig.shape, &rig.bindings, &rig.journal).await?
+        }
+        None => Box::new(builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await?),
+    };
+    let stream = hello(&rig, &mut *machine).await?;
+    let took = clock.elapsed().as_secs_f64();
+    drop(stream);
+    within(machine.ended()).await;
+    machine.kill().await;
+    Ok(took)
+}
+
+/// Lower quartile, median and upper quartile.
+fn quartiles(values: &mut [f64]) -> [f64; 3] {
+    values.sort_by(f64::total_cmp);
+    [1, 2, 3].map(|n| values[(values.len() * n / 4).min(values.len() - 1)])
+}
+
 async fn counters(machine: &BuiltinMachine) -> Result<BTreeMap<String, u64>, Failure> {
     match machine.command(Command::Metrics, &[]).await? {
         Answer::Metrics(mut all) => Ok(all.remove("cpus").ok_or("no counters of processors")?),
@@ -285,11 +347,7 @@ async fn counters(machine: &BuiltinMachine) -> Result<BTreeMap<String, u64>, Fai
     }
 }
 
-async fn qemu_microvm(
-    options: &Options,
-    memory: u64,
-    program: &std::path::Path,
-) -> Result<Measured, Failure> {
+async fn qemu_microvm(options: &Options, memory: u64, program: &Path) -> Result<Measured, Failure> {
     let mut runs = Vec::new();
     for events in [ENTRIES, ENTRIES, KVM_EVENTS, ALL_EVENTS] {
         let mut rig = rig(options, memory)?;
