@@ -12,7 +12,9 @@ const INSTANCES: &str = "/sys/kernel/tracing/instances";
 const BUFFER_KB: &str = "32768";
 /// The number of ioctl on x86-64.
 const SYS_IOCTL: u32 = 16;
-/// That of execve.
+/// The ioctl by which a processor runs (KVM_RUN), as the trace writes it.
+const KVM_RUN: &str = "ae80,";
+/// The number of execve.
 const SYS_EXECVE: u32 = 59;
 /// What the stop-clock writes into the trace.
 const STOP: &str = "bulkhead-hello";
@@ -33,6 +35,8 @@ pub(crate) struct Counts {
     pub(crate) accesses: BTreeMap<String, u64>,
     /// System calls of the VMM until the stop-clock, by number.
     pub(crate) calls: BTreeMap<u32, u64>,
+    /// Calls of ioctl until then that let a processor run.
+    pub(crate) runs: u64,
     /// Distinct system calls of a whole life, on all threads.
     pub(crate) life: BTreeSet<u32>,
     /// Distinct system calls of a whole life on a processor's thread.
@@ -40,9 +44,9 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
-    /// Calls of ioctl until the stop-clock.
-    pub(crate) fn ioctls(&self) -> u64 {
-        self.calls.get(&SYS_IOCTL).copied().unwrap_or(0)
+    /// Calls of ioctl until the stop-clock that do not let a processor run: what it takes to make a machine.
+    pub(crate) fn ioctls_to_make(&self) -> u64 {
+        self.calls.get(&SYS_IOCTL).copied().unwrap_or(0) - self.runs
     }
 }
 
@@ -187,7 +191,7 @@ impl Counts {
         let Some(number) = line.word("NR").and_then(|n| n.parse().ok()) else { return };
         if number == SYS_EXECVE {
             // What came before was our own child on its way to become the VMM.
-            (self.life, self.calls) = Default::default();
+            (self.life, self.calls, self.runs) = Default::default();
         }
         self.life.insert(number);
         if line.comm.starts_with("cpu") {
@@ -195,6 +199,8 @@ impl Counts {
         }
         if !stopped {
             *self.calls.entry(number).or_default() += 1;
+            // `NR 16 (<fd>, <command>, …)`
+            self.runs += u64::from(number == SYS_IOCTL && line.rest.split(' ').nth(3) == Some(KVM_RUN));
         }
     }
 }
