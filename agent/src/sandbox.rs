@@ -186,7 +186,8 @@ impl Sandbox {
             if container.status != Status::Running {
                 return Err(not_in(id, container.status, "run a process in it"));
             }
-            let exec = spec::exec(id, &request.process, terminal_of(&request.stdio), &container.last_mile)?;
+            let init = container.process(id, "")?.pid;
+            let exec = spec::exec(init, &request.process, terminal_of(&request.stdio), &container.last_mile)?;
             container.processes.insert(exec_id.clone(), Process { pid: 0, terminal: None });
             exec
         };

@@ -11,7 +11,9 @@
 
 mod client;
 mod devices;
+mod join;
 mod last_mile;
+mod schedule;
 mod wire;
 mod worker;
 mod zygote;
@@ -55,7 +57,8 @@ pub(crate) struct Create {
 /// A process to be added to a container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Exec {
-    pub(crate) id: String,
+    /// Pid of the container's init, whose cgroup and namespaces it gets.
+    pub(crate) init: i32,
     pub(crate) process: Process,
     pub(crate) last_mile: LastMile,
 }
