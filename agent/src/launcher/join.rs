@@ -4,9 +4,9 @@
 //! libcontainer can do this too. It reads the container's specification and state again, forks twice, and makes
 //! sockets in a directory on the way, which is most of the time that an exec takes; a probe each second pays it.
 //! ```text
-//! worker ── cgroup, pid namespace ── fork ──▶ process ── other namespaces, session, streams, limits, user ── exec
-//!    ▲                                           │
-//!    └── terminal, then the end of the report ───┘ or the reason of a failure
+//! worker ── pid namespace ── fork ──▶ process ── cgroup, other namespaces, session, streams, limits, user ── exec
+//!    ▲                                   │
+//!    └─ terminal, then end of the report ┘ or the reason of a failure
 //! ```
 
 use std::{
@@ -34,7 +34,7 @@ use nix::{
         ForkResult, Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, setgroups, setresgid, setresuid, setsid,
     },
 };
-use oci_spec::runtime::{Process, User};
+use oci_spec::runtime::User;
 
 use super::{
     Exec,
@@ -66,9 +66,6 @@ pub(super) fn run(exec: Exec, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedF
     // Nobody in the container may look into what is about to join it, before it is its program.
     prctl::set_dumpable(false).map_err(|e| io(e.into()))?;
     schedule::initial_affinity(&exec.process)?;
-    adjust_oom_score(&exec)?;
-    enter_cgroup(exec.init)?;
-    schedule::final_affinity(&exec.process)?;
     if foreign.contains(CloneFlags::CLONE_NEWPID) {
         setns(&init, CloneFlags::CLONE_NEWPID).map_err(|e| ended(e.into()))?;
     }
@@ -77,7 +74,7 @@ pub(super) fn run(exec: Exec, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedF
             drop((report, console));
             let last_mile = LastMileExecutor::new(exec.last_mile.clone(), report_to.as_raw_fd());
             let rest = foreign - CloneFlags::CLONE_NEWPID;
-            let Err(reason) = become_process(&exec.process, &last_mile, &init, rest, stdio, console_to);
+            let Err(reason) = become_process(&exec, &last_mile, &init, rest, stdio, console_to);
             crate::sys::write_raw(report_to.as_raw_fd(), reason.as_bytes());
             std::process::exit(1)
         }
@@ -139,7 +136,7 @@ fn adjust_oom_score(exec: &Exec) -> Result<(), String> {
 /// In the new process. In this order: what needs the guest's view, the container's namespaces, streams, limits, and
 /// last the user, who may do none of this.
 fn become_process(
-    process: &Process,
+    exec: &Exec,
     last_mile: &LastMileExecutor,
     init: &OwnedFd,
     namespaces: CloneFlags,
@@ -151,6 +148,11 @@ fn become_process(
         move |e: libcontainer::syscall::SyscallError| format!("{what}: {}", super::worker::chain(&e))
     };
     let syscall = SyscallType::default().create_syscall();
+    let process = &exec.process;
+    adjust_oom_score(exec)?;
+    // Not the worker, which would be seen, stopped and killed with the container.
+    enter_cgroup(exec.init)?;
+    schedule::final_affinity(process)?;
     schedule::policy(process, syscall.as_ref())?;
     if !namespaces.is_empty() {
         setns(init, namespaces).map_err(doing("enter the container's namespaces"))?;
