@@ -94,7 +94,10 @@ fn serve() -> io::Result<()> {
                 names.join(" ")
             }),
             // The end of PID 1 is a panic.
-            "panic" => std::process::exit(7),
+            "panic" => {
+                eprintln!("test guest: here it ends");
+                std::process::exit(7)
+            }
             "restart" => return Ok(()),
             other => Err(io::Error::other(format!("unknown command {other:?}"))),
         };

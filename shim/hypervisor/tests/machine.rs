@@ -84,6 +84,8 @@ async fn a_panic_of_the_guest_is_told() {
     let end = running.end().await;
     let panic = end.panic.as_deref().expect("the end names the panic");
     assert!(panic.contains("Attempted to kill init"), "{end}");
+    // What a program writes to the console arrives with what the kernel says.
+    assert!(end.console.iter().any(|line| line.ends_with("test guest: here it ends")), "{end}");
     assert!(!end.is_guest_shutdown(rig::parts()[0]));
     running.machine.kill().await;
     rig.assert_nothing_left();

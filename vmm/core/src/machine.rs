@@ -12,6 +12,7 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     sync::{Arc, Mutex},
+    thread::JoinHandle,
 };
 
 use bulkhead_virtio::{
@@ -23,6 +24,7 @@ use bulkhead_virtio::{
     rng::Rng,
     vsock::{Dialer, Vsock},
 };
+use bulkhead_vmm_spec::Shape;
 use bulkhead_vmm_spec::wire::{Boot, Event, Message, status};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -161,15 +163,16 @@ fn make(boot: &Boot, mut attached: Attached, door: &Door) -> Result<(Control, Ve
     let (vm, kvm) = Vm::new(attached.take(slots.kvm, "/dev/kvm").map_err(MachineError::Boot)?)?;
     let map = GuestMemoryMap::new(shape.memory, shape.growth, shape.share_tag.is_some())
         .map_err(part("map the guest's memory"))?;
+    let take = |attached: &mut Attached, slot, what| attached.take(slot, what).map(File::from);
+    let mut kernel = take(&mut attached, slots.kernel, "the kernel").map_err(MachineError::Boot)?;
+    let mut initrd = take(&mut attached, slots.initrd, "the initrd").map_err(MachineError::Boot)?;
+    let warm = warm(&map, shape, &mut kernel, &mut initrd).map_err(part("prepare the guest's memory"))?;
     let boot_end = if map.growth.is_empty() { u64::MAX } else { map.growth.start };
     let first_slot = vm.add_memory(&map.memory, boot_end)?;
 
     let mut devices = Assembly::new(vm.clone(), map.memory.clone());
     let told = add_devices(&mut devices, boot, &mut attached, door, &map, first_slot)?;
     let words = devices.words();
-    let take = |attached: &mut Attached, slot, what| attached.take(slot, what).map(File::from);
-    let mut kernel = take(&mut attached, slots.kernel, "the kernel").map_err(MachineError::Boot)?;
-    let mut initrd = take(&mut attached, slots.initrd, "the initrd").map_err(MachineError::Boot)?;
     let words = boot::Words { devices: &words };
     let entry = boot::load(&map.memory, shape, &mut kernel, &mut initrd, &words)?;
     drop((kernel, initrd, attached));
@@ -182,9 +185,24 @@ fn make(boot: &Boot, mut attached: Attached, door: &Door) -> Result<(Control, Ve
     for (name, device) in threads {
         start_loop(name, device, &filters, &outcome).map_err(part("start a device's thread"))?;
     }
+    // A panic of it has told so; its work was a hint.
+    let _ = warm.join();
     let cpus = Cpus::new(&kvm, &vm, shape.max_vcpus, entry, &bus, &outcome, &filters)?;
     let machine = Machine { cpus, bus, inventory, told, outcome, console };
     Ok((Control::new(machine, door.clone(), filters), main))
+}
+
+/// Has the guest's first pages made ready beside the rest of the work.
+fn warm(
+    map: &GuestMemoryMap,
+    shape: &Shape,
+    kernel: &mut File,
+    initrd: &mut File,
+) -> io::Result<JoinHandle<()>> {
+    // What is wrong with a file is told when it is read.
+    let size = |file: &mut File| boot::size_of(file).unwrap_or(0);
+    let (kernel, initrd) = (size(kernel), size(initrd));
+    map.warm(shape.memory, kernel, boot::initrd_range(shape.memory.bytes(), initrd).unwrap_or(0..0))
 }
 
 /// The PC's own ports, with the serial port on standard output.

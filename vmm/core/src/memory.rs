@@ -6,6 +6,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
+    thread::JoinHandle,
 };
 
 use bulkhead_virtio::Memory;
@@ -56,6 +57,20 @@ fn stretches(boot: u64, growth: u64) -> (Vec<Stretch>, std::ops::Range<u64>) {
     (all, start..start + growth)
 }
 
+/// What a guest's kernel fills before it starts a program: everything up to its own end, and the array of
+/// page descriptors (64 bytes for each 4 KiB), which it puts as high as it can, with little else beside it.
+fn filled_first(boot: u64, kernel: u64, initrd: std::ops::Range<u64>) -> [Stretch; 2] {
+    const HUGE: u64 = 2 << 20;
+    let low = (layout::KERNEL + kernel + HUGE).next_multiple_of(HUGE).min(boot);
+    let (stretches, _) = stretches(boot, 0);
+    let end = stretches.last().map_or(0, |s| s.address + s.size);
+    let top = if initrd.contains(&(end - 1)) { initrd.start } else { end };
+    let array = (boot / 64).next_multiple_of(HUGE) + HUGE;
+    // Down to a whole huge page: the top one is the initrd's as well.
+    let start = top.saturating_sub(array) & !(HUGE - 1);
+    [Stretch { address: 0, size: low }, Stretch { address: start, size: top - start }]
+}
+
 impl GuestMemoryMap {
     /// Maps memory, which the host gives only when it is touched. `shared` says that programs beside us
     /// will map it too.
@@ -73,6 +88,30 @@ impl GuestMemoryMap {
         }
         let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
         Ok(Self { memory: Arc::new(memory), growth, file })
+    }
+
+    /// Has the host give, on a thread of its own, the pages that the guest's kernel fills before anything
+    /// else: the guest would wait at each of them while the host clears 2 MiB. `kernel` is the length of its
+    /// file, `initrd` where the initial root file system lies.
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub(crate) fn warm(
+        &self,
+        boot: SizeMib,
+        kernel: u64,
+        initrd: std::ops::Range<u64>,
+    ) -> io::Result<JoinHandle<()>> {
+        let memory = self.memory.clone();
+        let ranges = filled_first(boot.bytes(), kernel, initrd);
+        std::thread::Builder::new().name("warm".into()).spawn(move || {
+            for Stretch { address, size } in ranges {
+                // In a guest too small for such a stretch it is left out.
+                if let Ok(slice) = memory.get_slice(GuestAddress(address), size as usize) {
+                    sys::populate(slice.ptr_guard_mut().as_ptr(), size as usize);
+                }
+            }
+        })
     }
 
     /// What can give pages back.
@@ -194,6 +233,28 @@ mod tests {
             giver.give_back(GuestAddress(map.growth.start), 128 << 20).unwrap();
             assert!(giver.give_back(GuestAddress(16 << 20), 4096).is_err(), "no memory there");
         }
+    }
+
+    #[test]
+    fn what_is_filled_first_is_the_kernel_and_the_descriptors() {
+        let initrd = (512 << 20) - 0x7a_8000..512 << 20;
+        let [low, high] = filled_first(512 << 20, 21_000_000, initrd);
+        assert_eq!(low, Stretch { address: 0, size: 40 << 20 });
+        // 8 MiB of descriptors, and a little more.
+        assert_eq!((high.address, high.address + high.size), (494 << 20, (512 << 20) - 0x7a_8000));
+        let [_, high] = filled_first(4 * GIB, 21_000_000, 2 * GIB - 4096..2 * GIB);
+        assert_eq!((high.address, high.size), (5 * GIB - (66 << 20), 66 << 20), "the initrd is elsewhere");
+    }
+
+    #[test]
+    fn warmed_memory_keeps_its_content() {
+        let map = GuestMemoryMap::new(SizeMib(64), SizeMib(0), true).unwrap();
+        map.memory.write_obj(7u64, GuestAddress(1 << 20)).unwrap();
+        map.warm(SizeMib(64), 4096, 60 << 20..64 << 20).unwrap().join().unwrap();
+        assert_eq!(map.memory.read_obj::<u64>(GuestAddress(1 << 20)).unwrap(), 7);
+        let blocks = nix::sys::stat::fstat(map.file.as_ref().unwrap()).unwrap().st_blocks;
+        // 20 MiB from below and 4 from the end, in blocks of 512 bytes.
+        assert!(blocks >= 24 << 11, "{blocks} blocks");
     }
 
     #[test]

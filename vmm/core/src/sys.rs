@@ -67,6 +67,13 @@ pub(crate) fn map_guest_memory(file: Option<(&OwnedFd, u64)>, size: usize) -> io
     Ok(at.cast())
 }
 
+/// Has the host give the pages behind a stretch of guest memory now. A hint: a host that cannot (before
+/// Linux 5.14) or that is short of memory gives them when they are touched, or tells then.
+pub(crate) fn populate(at: *mut u8, size: usize) {
+    // SAFETY: the caller passes a stretch of guest memory, which is never unmapped; its content stays.
+    unsafe { libc::madvise(at.cast(), size, libc::MADV_POPULATE_WRITE) };
+}
+
 /// Gives the host's pages behind private memory back; they read as zeros afterwards.
 pub(crate) fn forget(at: *mut u8, size: usize) -> io::Result<()> {
     // SAFETY: the caller passes a stretch of guest memory, whose content the guest has given up; nothing in

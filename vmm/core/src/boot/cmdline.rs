@@ -10,14 +10,21 @@ const PARAMETERS: &[&str] = &[
     // Every byte of the console is two exits. Errors and panics still come through. First: the early console
     // begins with what was said before the kernel read it.
     "quiet",
-    // The serial port is there from the first line on. Its driver looks at it by 63 exits.
-    "console=ttyS0",
+    // The early console needs two exits where the port's driver, which gets no port, looks at it by 63. It
+    // stays, and /dev/console leads to it by the kernel's log (CONFIG_TTY_PRINTK).
+    "earlycon=uart8250,io,0x3f8",
+    "keep_bootcon",
+    "8250.nr_uarts=0",
+    "console=ttyprintk",
     // A panic restarts at once; the machine ends then, and a dead guest is a dead process.
     "panic=-1",
     // Restart by triple fault: there is no firmware to ask.
     "reboot=t",
     // The pair of 8259s serves all devices there are; setting up an I/O APIC costs some 600 exits.
     "noapic",
+    // Atomic instructions stay as they are for several processors: to patch 10,000 of them out for one, and
+    // back in when a second comes, costs more than they do.
+    "noreplace-smp",
 ];
 
 /// How the kernel finds a device (drivers/virtio/virtio_mmio.c).

@@ -67,24 +67,36 @@ pub(crate) fn load(
     Ok(loaded.kernel_load)
 }
 
-/// Reads the archive to the end of low memory, where the kernel does not put anything else first.
+/// Where the archive lies: at the end of low memory, where the kernel does not put anything else first.
+pub(crate) fn initrd_range(memory: u64, size: u64) -> Option<std::ops::Range<u64>> {
+    // boot.rst, initrd_addr_max: the kernel's own limit is 2 GiB - 1.
+    let end = memory.min(layout::LOW_MEMORY_END).min(1 << 31);
+    let at = end.checked_sub(size)? & !0xfff;
+    Some(at..at + size)
+}
+
+/// The size of a file, which is then read from its beginning.
+///
+/// # Errors
+/// It has none.
+pub(crate) fn size_of(file: &mut File) -> io::Result<u64> {
+    let size = file.seek(SeekFrom::End(0))?;
+    file.rewind()?;
+    Ok(size)
+}
+
+/// Reads the archive to its place.
 fn load_initrd(
     memory: &Memory,
     size_of_memory: u64,
     kernel_end: u64,
     file: &mut File,
 ) -> Result<(GuestAddress, u32), BootError> {
-    let size = file
-        .seek(SeekFrom::End(0))
-        .and_then(|size| file.rewind().map(|()| size))
-        .map_err(BootError::Initrd)?;
-    // boot.rst, initrd_addr_max: the kernel's own limit is 2 GiB - 1.
-    let end = size_of_memory.min(layout::LOW_MEMORY_END).min(1 << 31);
-    let room = end.saturating_sub(kernel_end);
+    let size = size_of(file).map_err(BootError::Initrd)?;
+    let range = initrd_range(size_of_memory, size).filter(|range| range.start >= kernel_end);
+    let room = initrd_range(size_of_memory, 0).map_or(0, |end| end.start.saturating_sub(kernel_end));
     let too_large = BootError::InitrdSize { size, room };
-    let Some(at) = end.checked_sub(size).map(|at| at & !0xfff).filter(|&at| at >= kernel_end) else {
-        return Err(too_large);
-    };
+    let Some(at) = range.map(|range| range.start) else { return Err(too_large) };
     let len = u32::try_from(size).map_err(|_| too_large)?;
     let at = GuestAddress(at);
     read_exact(memory, at, size as usize, file).map_err(BootError::Initrd)?;

@@ -98,6 +98,10 @@ impl Gate {
         self.lock().alive -= 1;
         self.changed.notify_all();
     }
+
+    fn is_deserted(&self) -> bool {
+        self.lock().alive == 0
+    }
 }
 
 macro_rules! exit_counts {
@@ -200,8 +204,11 @@ impl Cpus {
 impl Drop for Cpus {
     fn drop(&mut self) {
         self.gate.wish(Wish::Stop);
+        // A guest that ended by itself leaves nobody to interrupt.
+        if !self.gate.is_deserted() {
+            self.threads.iter().for_each(sys::kick);
+        }
         for thread in self.threads.drain(..) {
-            sys::kick(&thread);
             // A processor that panicked has told so already.
             let _ = thread.join();
         }
@@ -247,18 +254,29 @@ impl Drop for Cpu {
 
 impl Cpu {
     fn run(mut self, filters: &Filters) {
+        let outcome = self.outcome.clone();
+        let ended = self.work(filters);
+        // First: whoever hears of the end finds the processor gone.
+        drop(self);
+        if let Some(ended) = ended {
+            outcome.end(ended);
+        }
+    }
+
+    /// Runs the guest until it ends (answers how) or the processor is to stop.
+    fn work(&mut self, filters: &Filters) -> Option<Ended> {
         // Before the filter: it needs nothing more from the system than what the filter allows.
         sys::kick_leaves(Some(self.fd.get_kvm_run()));
         if let Err(error) = filters.apply(Kind::Cpu) {
-            return self
-                .outcome
-                .end(Ended::Failure(format!("cannot install the filter of a processor: {error}")));
+            let text = format!("cannot install the filter of a processor: {error}");
+            return Some(Ended::Failure(text));
         }
         while self.gate.pass() {
             if let Some(ended) = self.enter() {
-                return self.outcome.end(ended);
+                return Some(ended);
             }
         }
+        None
     }
 
     /// Runs the guest until it needs us, and does what it needs.

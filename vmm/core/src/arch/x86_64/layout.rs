@@ -32,6 +32,8 @@ pub(crate) const MP_TABLE: u64 = 0x9_fc00;
 pub(crate) const CONVENTIONAL_END: u64 = 0xa_0000;
 /// Memory beyond the first MiB; kernels are loaded from here on.
 pub(crate) const ABOVE_1M: u64 = 0x10_0000;
+/// Where our kernels begin (CONFIG_PHYSICAL_START); one that begins elsewhere is loaded there, too.
+pub(crate) const KERNEL: u64 = 0x100_0000;
 /// End of memory below the hole for devices.
 pub(crate) const LOW_MEMORY_END: u64 = 0xc000_0000;
 /// Memory beyond the hole.
