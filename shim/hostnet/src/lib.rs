@@ -16,13 +16,16 @@
 //!   perhaps the queueing discipline that we made for it: an [`Undo`] says how to take them back.
 //! * This crate is the only one that enters network namespaces: on a thread that does so and ends.
 
+mod bpf;
 mod error;
+mod forward;
 mod join;
 mod netns;
 mod scan;
 mod sys;
 
 pub use error::NetError;
+pub use forward::Forwarder;
 pub use join::{Undo, join, undo};
 pub use netns::Netns;
 pub use scan::{Link, Network};
