@@ -16,6 +16,7 @@ mod events;
 mod host;
 mod launcher;
 mod log;
+mod net;
 mod netns;
 mod reaper;
 mod sandbox;

@@ -22,8 +22,8 @@ use std::{
 };
 
 use bulkhead_proto::agent::{
-    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, GuestProcess, ResizePtyRequest,
-    SignalRequest, Stdio, UpdateRequest,
+    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, GuestProcess, Network,
+    ResizePtyRequest, SignalRequest, Stdio, UpdateRequest,
 };
 use tokio::{sync::Notify, task::AbortHandle, time::timeout};
 
@@ -32,7 +32,7 @@ use crate::{
     error::{Doing, Error, Result},
     events::Events,
     launcher::{LastMile, LaunchError, Launched, Launcher, Size},
-    netns,
+    net, netns,
     reaper::{Key, Reaper},
     spec::{self, Guest},
     stats,
@@ -55,6 +55,7 @@ pub(crate) struct Sandbox {
 struct State {
     configured: bool,
     ipc_sysctls: Vec<(String, String)>,
+    network: net::Applied,
     containers: HashMap<String, Container>,
     reaper: Reaper,
 }
@@ -111,9 +112,21 @@ impl Sandbox {
             return Err(Error::State("the sandbox is configured already".into()));
         }
         let response = configure::apply(request)?;
+        if let Some(network) = request.network.as_ref() {
+            state.network.set(network)?;
+        }
         state.ipc_sysctls = configure::ipc_sysctls(request);
         state.configured = true;
         Ok(response)
+    }
+
+    /// Makes the pod's network what the host says.
+    pub(crate) fn set_network(&self, network: &Network) -> Result<()> {
+        let mut state = self.state();
+        if !state.configured {
+            return Err(Error::State("the sandbox is not configured yet".into()));
+        }
+        state.network.set(network)
     }
 
     /// Makes a container whose command waits for [`Sandbox::start`]. Answers the pid of its init.

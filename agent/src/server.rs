@@ -15,8 +15,9 @@ use bulkhead_proto::{
     CONTROL_PORT, PROTOCOL_VERSION,
     agent::{
         Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, PidsResponse,
-        ResizePtyRequest, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, create_agent,
+        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, Network,
+        PidsResponse, ResizePtyRequest, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest,
+        create_agent,
     },
     stream::{Hello, encode_hello},
 };
@@ -139,6 +140,11 @@ struct Service {
 impl Agent for Service {
     async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> Result<ConfigureResponse> {
         Ok(self.sandbox.configure(&request)?)
+    }
+
+    async fn set_network(&self, _: &TtrpcContext, request: Network) -> Result<Empty> {
+        self.sandbox.set_network(&request)?;
+        Ok(Empty::new())
     }
 
     async fn create_container(

@@ -6,7 +6,7 @@ pub mod stream;
 
 /// Version of the conversation. Shim and guest image refuse each other when it differs: both come from
 /// one build, so a mismatch means that an old image lies beside a new shim.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Vsock port at which the host waits for the agent's control connection.
 pub const CONTROL_PORT: u32 = 1024;

@@ -113,7 +113,11 @@ impl Agent {
     }
 
     /// Makes the guest a sandbox.
-    pub async fn configure(&self, hostname: &str) -> Result<agent::ConfigureResponse, Fault> {
+    pub async fn configure(
+        &self,
+        hostname: &str,
+        network: agent::Network,
+    ) -> Result<agent::ConfigureResponse, Fault> {
         let mut seed = vec![0; 64];
         getrandom::fill(&mut seed)
             .map_err(|e| Fault::internal("draw a seed for the guest", &io::Error::other(e)))?;
@@ -123,9 +127,15 @@ impl Agent {
             time_unix_nanos: now.as_nanos() as u64,
             seed,
             share_tag: SHARE_TAG.to_owned(),
+            network: Some(network).into(),
             ..Default::default()
         };
         self.call(self.client.configure(self.context(), &request)).await
+    }
+
+    /// Makes the pod's network what it is to be.
+    pub async fn set_network(&self, network: &agent::Network) -> Result<(), Fault> {
+        self.call(self.client.set_network(self.context(), network)).await.map(drop)
     }
 
     /// Creates a container up to its command.

@@ -49,6 +49,8 @@ pub struct ContainerPlan {
     pub root_read_only: bool,
     /// What of the host is shared with the guest besides the root.
     pub binds: Vec<Bind>,
+    /// The network namespace of the host that it is to be in, if it names one.
+    pub network: Option<PathBuf>,
     /// Hooks for the host.
     pub hooks: HostHooks,
     /// First size of the terminal, in characters: width, height.
@@ -63,15 +65,21 @@ pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Faul
     let privileged = devices::is_privileged(&spec);
     devices::translate(&mut spec, privileged)?;
     let binds = mounts::translate(&mut spec, id)?;
+    let network = spec::network(&spec);
     let hooks = spec::take_host_hooks(&mut spec)?;
     spec::move_into_guest(&mut spec, id);
     let console = spec::console_size(&spec);
-    Ok(ContainerPlan { guest_spec: spec, root_path, root_read_only, binds, hooks, console })
+    Ok(ContainerPlan { guest_spec: spec, root_path, root_read_only, binds, network, hooks, console })
 }
 
 /// The size of the machine for a sandbox whose first container has `spec`.
 pub fn machine(config: &Config, spec: &Spec, facts: &HostFacts) -> Result<Sizing, Fault> {
     sizing::size(config, spec, facts)
+}
+
+/// The network namespace of a sandbox whose first container has `spec`; without one the sandbox has its own.
+pub fn network(spec: &Spec) -> Option<PathBuf> {
+    spec::network(spec)
 }
 
 /// A refusal of something that a machine of its own cannot give.

@@ -1,6 +1,8 @@
 //! What of an OCI spec can be honoured in a machine of its own, and how its paths read there.
 //! Knows neither mounts nor devices; those have rooms of their own.
 
+use std::path::PathBuf;
+
 use bulkhead_proto::SHARE_DIR;
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 
@@ -9,6 +11,8 @@ use crate::{
     error::{Fault, Kind},
     ids::ContainerId,
 };
+
+const NETWORK: LinuxNamespaceType = LinuxNamespaceType::Network;
 
 /// Refuses by name what cannot be honoured; nothing is ignored.
 pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
@@ -35,7 +39,7 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
         }
     }
     for namespace in &namespaces {
-        if let Some(path) = namespace.path() {
+        if let Some(path) = namespace.path().as_ref().filter(|_| namespace.typ() != NETWORK) {
             let what = format!("joining the {} namespace {}", namespace.typ(), path.display());
             return Err(refused(what, "a namespace of the host cannot be entered from a virtual machine"));
         }
@@ -55,6 +59,13 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
         return Err(refused("linux.mountLabel", "the guest does not enforce SELinux"));
     }
     Ok(())
+}
+
+/// The network namespace of the host that the pod's links are in, if the spec names one.
+pub(super) fn network(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let path = namespaces.iter().find(|n| n.typ() == NETWORK)?.path().as_ref()?;
+    Some(path.clone()).filter(|path| !path.as_os_str().is_empty())
 }
 
 /// Takes the hooks of the runtime's namespace out of the spec.
@@ -90,6 +101,10 @@ pub(super) fn move_into_guest(spec: &mut Spec, id: &ContainerId) {
     if let Some(linux) = spec.linux_mut() {
         // containerd leaves the cgroup namespace out where the host has cgroup v1; the guest has v2.
         let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        for namespace in namespaces.iter_mut().filter(|n| n.typ() == NETWORK) {
+            // The guest has one for the pod.
+            namespace.set_path(None);
+        }
         if !namespaces.iter().any(|n| n.typ() == LinuxNamespaceType::Cgroup) {
             let namespace = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Cgroup).build();
             namespaces.push(namespace.expect("a namespace needs only its type"));

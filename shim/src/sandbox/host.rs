@@ -15,14 +15,18 @@ use bulkhead_hypervisor::{
     probe::{self, Acceleration},
     qemu::{Qemu, QemuConfig},
 };
-use bulkhead_proto::{CONTROL_PORT, SHARE_TAG, STREAM_PORT, agent::event::Kind as GuestEvent, stream::Token};
+use bulkhead_proto::{
+    CONTROL_PORT, SHARE_TAG, STREAM_PORT,
+    agent::{Network, event::Kind as GuestEvent},
+    stream::Token,
+};
 use bulkhead_vmm_spec::{Bindings, Shape};
 use oci_spec::runtime::Spec;
 use protobuf::well_known_types::any::Any;
 use tokio::sync::mpsc;
 use tracing::{Instrument, debug, error, info_span, warn};
 
-use super::{hooks, machine::Running, model::*};
+use super::{hooks, machine::Running, model::*, network::PodNetwork};
 use crate::{
     cgroup,
     config::{Backend, Config},
@@ -93,6 +97,7 @@ pub struct Host {
     ready: Mutex<Option<Ready>>,
     prepared: Mutex<HashMap<ContainerId, Prepared>>,
     cgroup: Mutex<Option<String>>,
+    network: Mutex<Option<Arc<PodNetwork>>>,
 }
 
 /// Records processes in the ledger and counts them to the sandbox.
@@ -168,6 +173,7 @@ impl Host {
             ready: Mutex::default(),
             prepared: Mutex::default(),
             cgroup: Mutex::default(),
+            network: Mutex::default(),
         })
     }
 
@@ -251,10 +257,15 @@ impl Host {
         let streams = guest::listen(&vsock, STREAM_PORT).map_err(|e| Fault::of(Kind::Internal, &e))?;
         tokio::spawn(self.hub.clone().serve(streams));
         drop(acquire);
+        let (path, spare) = (plan::network(&spec), config.network.spare_cards);
+        let network =
+            blocking("look at the pod's network", move || PodNetwork::acquire(path.as_deref(), spare));
+        let network = Arc::new(network.instrument(info_span!("network")).await?);
+        *lock(&self.network) = Some(network.clone());
 
         let guest_files = config.resolve_guest().map_err(config_fault)?;
         let hypervisor = choose(&config)?;
-        let shape = Shape {
+        let mut shape = Shape {
             vcpus: sizing.vcpus,
             max_vcpus: sizing.vcpus,
             memory: sizing.memory,
@@ -265,15 +276,17 @@ impl Host {
             nets: Vec::new(),
             spare_slots: 0,
         };
-        let bindings = Bindings {
+        let mut bindings = Bindings {
             kernel: guest_files.kernel,
             initrd: guest_files.image,
             share: Some(share),
             vsock,
             blocks: Vec::new(),
             nets: Vec::new(),
+            netns: None,
             run_dir: self.dir.clone(),
         };
+        network.equip(&mut shape, &mut bindings);
         let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref() };
         let launch = hypervisor.launch(&shape, &bindings, &accounts).instrument(info_span!("launch"));
         let machine = launch.await.map_err(|e| Fault::of(Kind::FailedPrecondition, &e))?;
@@ -353,6 +366,9 @@ impl Host {
         spec: &Spec,
     ) -> Result<(), Fault> {
         let timeout = Duration::from_secs(config.agent.request_timeout_seconds);
+        // The taps are there by now. Meanwhile the guest boots.
+        let joined = tokio::spawn(self.joined());
+        let joined = async { joined.await.unwrap_or_else(|e| Err(Fault::internal("join the links", &e))) };
         let (agent, hello) = Agent::accept(control, timeout)
             .instrument(info_span!("hello"))
             .await
@@ -366,11 +382,35 @@ impl Host {
         // A container without a name of its own has the host's, as with runc.
         let own = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned());
         let hostname = spec.hostname().clone().or_else(|| own().ok()).unwrap_or_default();
-        let guest = agent.configure(&hostname).instrument(info_span!("configure")).await?;
+        let network = joined.instrument(info_span!("join")).await?;
+        let first = network.clone().unwrap_or_default();
+        let guest = agent.configure(&hostname, first).instrument(info_span!("configure")).await?;
+        if let (Some(pod), Some(network)) = (lock(&self.network).as_ref(), network) {
+            pod.was_told(network);
+        }
         debug!(controllers = ?guest.controllers, "guest is configured");
         if let Some(ready) = lock(&self.ready).as_mut() {
             ready.agent = Some(agent);
             tokio::spawn(listen(events, self.hub.clone(), self.inputs.clone(), ready.running.ended()));
+        }
+        Ok(())
+    }
+
+    /// Joins links that are new, and answers the network if the guest has another one.
+    fn joined(&self) -> impl Future<Output = Result<Option<Network>, Fault>> + use<> {
+        let (network, ledger) = (lock(&self.network).clone(), self.ledger.clone());
+        async move {
+            let Some(network) = network else { return Ok(None) };
+            blocking("look at the pod's network", move || network.refresh(&ledger)).await
+        }
+    }
+
+    /// Tells the guest of links and of what is set for them, if that has changed.
+    async fn refresh_network(&self) -> Result<(), Fault> {
+        let Some(network) = self.joined().await? else { return Ok(()) };
+        self.agent()?.set_network(&network).await?;
+        if let Some(pod) = lock(&self.network).as_ref() {
+            pod.was_told(network);
         }
         Ok(())
     }
@@ -410,15 +450,26 @@ impl Host {
 
     async fn guest_create(&self, id: &ContainerId) -> Result<(), Fault> {
         let agent = self.agent()?;
-        let (hooks, bundle, io, console, spec) = {
+        let (hooks, bundle, io, console, spec, network) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
                 .ok_or_else(|| Fault::new(Kind::Internal, format!("{id} is not prepared")))?;
             let spec =
                 serde_json::to_vec(&p.plan.guest_spec).map_err(|e| Fault::internal("write the spec", &e))?;
-            (p.plan.hooks.create.clone(), p.bundle.clone(), p.io.clone(), p.plan.console, spec)
+            (
+                p.plan.hooks.create.clone(),
+                p.bundle.clone(),
+                p.io.clone(),
+                p.plan.console,
+                spec,
+                p.plan.network.clone(),
+            )
         };
+        let pod = lock(&self.network).clone();
+        if let Some(pod) = pod {
+            blocking("look at the pod's network", move || pod.check_joins(network.as_deref())).await?;
+        }
         hooks::run(&hooks, id, "created", self.vmm_pid(), &bundle).await?;
         let key = ProcessKey::init(id);
         let tokens =
@@ -435,6 +486,8 @@ impl Host {
     }
 
     async fn guest_start(&self, id: &ContainerId) -> Result<(), Fault> {
+        // Hooks and plugins may have given the pod its network since it was created.
+        self.refresh_network().instrument(info_span!("network")).await?;
         self.agent()?.start(id).await?;
         let (hooks, bundle) = match lock(&self.prepared).get(id) {
             Some(p) => (p.plan.hooks.poststart.clone(), p.bundle.clone()),
@@ -530,6 +583,14 @@ impl Host {
             Err(error) => Err(Fault::internal("take the sandbox back", &error)),
         }
     }
+}
+
+/// Does something that blocks for a moment; `doing` names it should it panic.
+async fn blocking<T: Send + 'static>(
+    doing: &str,
+    work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+) -> Result<T, Fault> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(Fault::internal(doing, &e)))
 }
 
 /// Hands the guest's events on, in order, until the guest is gone.

@@ -12,4 +12,5 @@ mod hooks;
 pub mod host;
 mod machine;
 pub mod model;
+mod network;
 pub mod state;

@@ -384,6 +384,20 @@ impl Proc {
         Ok(())
     }
 
+    /// Waits until `fd` is readable; the end of the process before that, or its deadline, is an error.
+    pub fn wait_for_readable(&self, fd: BorrowedFd<'_>) -> Result<()> {
+        let left = (self.started + self.deadline).saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.pidfd, PollFlags::IN)];
+        poll(&mut fds, Some(&timespec(left))).context("poll")?;
+        if fds[0].revents().is_empty() {
+            let out = String::from_utf8_lossy(&self.stdout_so_far()).into_owned();
+            let err = self.stderr.seen.0.lock().unwrap_or_else(|e| e.into_inner());
+            let err = String::from_utf8_lossy(&err.bytes).into_owned();
+            bail!("{}: nothing came; stdout: {out:?}, stderr: {err:?}", self.what);
+        }
+        Ok(())
+    }
+
     /// Sends `signal` to the process.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         pidfd_send_signal(&self.pidfd, signal).with_context(|| format!("signal {}", self.what))
