@@ -11,6 +11,7 @@ mod boot;
 mod cgroup;
 mod configure;
 mod devices;
+mod disks;
 mod error;
 mod events;
 mod host;

@@ -29,6 +29,7 @@ use tokio::{sync::Notify, task::AbortHandle, time::timeout};
 
 use crate::{
     cgroup, configure,
+    disks::Disks,
     error::{Doing, Error, Result},
     events::Events,
     launcher::{LastMile, LaunchError, Launched, Launcher, Size},
@@ -144,6 +145,7 @@ impl Sandbox {
                 network: netns::network(),
                 namespaces: Path::new(netns::DIR),
                 has_device: &|typ, major, minor| spec::sys_dev(typ, major, minor).exists(),
+                disks: Disks::find(&request.disks).doing(|| "find the container's block devices".into())?,
                 ipc_sysctls: &state.ipc_sysctls,
             };
             let create = spec::container(id, &request.spec, terminal_of(&request.stdio), &guest)?;

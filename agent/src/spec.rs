@@ -15,6 +15,7 @@ use oci_spec::runtime::{
 
 use crate::{
     cgroup,
+    disks::Disks,
     error::{Error, Result},
     launcher::{Create, Exec, LastMile, Size, allows_every_device, default_devices},
 };
@@ -27,6 +28,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) namespaces: &'a Path,
     /// Has the guest this device? Kind, major, minor.
     pub(crate) has_device: &'a dyn Fn(LinuxDeviceType, i64, i64) -> bool,
+    /// Disks that stand for block devices of the host.
+    pub(crate) disks: Disks,
     /// Sysctls of the pod that belong to each container's ipc namespace.
     pub(crate) ipc_sysctls: &'a [(String, String)],
 }
@@ -53,6 +56,7 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     last_mile.linux32 = is_32_bits(&linux)?;
     linux.set_personality(None);
 
+    guest.disks.translate(&mut linux);
     let devices = devices(&mut linux, guest)?;
     refuse_sharing(&spec)?;
     if let Some(propagation) = linux.rootfs_propagation() {

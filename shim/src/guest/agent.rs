@@ -146,10 +146,12 @@ impl Agent {
         io: &Io,
         tokens: Tokens,
         size: Option<(u32, u32)>,
+        disks: Vec<agent::Disk>,
     ) -> Result<(), Fault> {
         let request = agent::CreateContainerRequest {
             container_id: id.to_string(),
             spec,
+            disks,
             stdio: Some(stdio(io, tokens, size)).into(),
             ..Default::default()
         };

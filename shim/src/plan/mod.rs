@@ -6,6 +6,7 @@ mod mounts;
 mod sizing;
 mod spec;
 
+pub use devices::Disk;
 pub use mounts::Bind;
 pub use sizing::Sizing;
 
@@ -49,6 +50,8 @@ pub struct ContainerPlan {
     pub root_read_only: bool,
     /// What of the host is shared with the guest besides the root.
     pub binds: Vec<Bind>,
+    /// Block devices of the host that it is to have.
+    pub disks: Vec<Disk>,
     /// The network namespace of the host that it is to be in, if it names one.
     pub network: Option<PathBuf>,
     /// Hooks for the host.
@@ -63,13 +66,14 @@ pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Faul
     let root_path = spec.root().as_ref().map_or_else(PathBuf::new, |r| r.path().clone());
     let root_read_only = spec.root().as_ref().is_some_and(|r| r.readonly().unwrap_or(false));
     let privileged = devices::is_privileged(&spec);
+    let disks = devices::disks(&spec);
     devices::translate(&mut spec, privileged)?;
     let binds = mounts::translate(&mut spec, id)?;
     let network = spec::network(&spec);
     let hooks = spec::take_host_hooks(&mut spec)?;
     spec::move_into_guest(&mut spec, id);
     let console = spec::console_size(&spec);
-    Ok(ContainerPlan { guest_spec: spec, root_path, root_read_only, binds, network, hooks, console })
+    Ok(ContainerPlan { guest_spec: spec, root_path, root_read_only, binds, disks, network, hooks, console })
 }
 
 /// The size of the machine for a sandbox whose first container has `spec`.
@@ -80,6 +84,11 @@ pub fn machine(config: &Config, spec: &Spec, facts: &HostFacts) -> Result<Sizing
 /// The network namespace of a sandbox whose first container has `spec`; without one the sandbox has its own.
 pub fn network(spec: &Spec) -> Option<PathBuf> {
     spec::network(spec)
+}
+
+/// The block devices of a sandbox whose first container has `spec`.
+pub fn disks(spec: &Spec) -> Vec<Disk> {
+    devices::disks(spec)
 }
 
 /// A refusal of something that a machine of its own cannot give.

@@ -37,7 +37,7 @@ use crate::{
     plan::{self, ContainerPlan, HostFacts, Sizing},
     process,
     stdio::{Hub, LoggerContext},
-    storage::Share,
+    storage::{Disks, Share},
     trace,
 };
 
@@ -97,6 +97,7 @@ pub struct Host {
     ready: Mutex<Option<Ready>>,
     prepared: Mutex<HashMap<ContainerId, Prepared>>,
     cgroup: Mutex<Option<String>>,
+    disks: Mutex<Disks>,
     network: Mutex<Option<Arc<PodNetwork>>>,
 }
 
@@ -173,6 +174,7 @@ impl Host {
             ready: Mutex::default(),
             prepared: Mutex::default(),
             cgroup: Mutex::default(),
+            disks: Mutex::default(),
             network: Mutex::default(),
         })
     }
@@ -287,6 +289,9 @@ impl Host {
             run_dir: self.dir.clone(),
         };
         network.equip(&mut shape, &mut bindings);
+        let disks = Disks::find(plan::disks(&spec)).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        disks.equip(&mut shape, &mut bindings);
+        *lock(&self.disks) = disks;
         let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref() };
         let launch = hypervisor.launch(&shape, &bindings, &accounts).instrument(info_span!("launch"));
         let machine = launch.await.map_err(|e| Fault::of(Kind::FailedPrecondition, &e))?;
@@ -450,7 +455,7 @@ impl Host {
 
     async fn guest_create(&self, id: &ContainerId) -> Result<(), Fault> {
         let agent = self.agent()?;
-        let (hooks, bundle, io, console, spec, network) = {
+        let (hooks, bundle, io, console, spec, network, disks) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
@@ -464,8 +469,11 @@ impl Host {
                 p.plan.console,
                 spec,
                 p.plan.network.clone(),
+                p.plan.disks.clone(),
             )
         };
+        let disks =
+            lock(&self.disks).of_container(&disks).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
         let pod = lock(&self.network).clone();
         if let Some(pod) = pod {
             blocking("look at the pod's network", move || pod.check_joins(network.as_deref())).await?;
@@ -474,7 +482,7 @@ impl Host {
         let key = ProcessKey::init(id);
         let tokens =
             self.hub.open(&key, &io, &self.logger(id)).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
-        let created = agent.create(id, spec, &io, tokens, console).await;
+        let created = agent.create(id, spec, &io, tokens, console, disks).await;
         if created.is_err() {
             self.hub.forget(&key);
         }
