@@ -17,6 +17,7 @@ mod host;
 mod launcher;
 mod log;
 mod netns;
+mod podns;
 mod reaper;
 mod sandbox;
 mod server;
