@@ -2,6 +2,7 @@
 //! Knows the agent's protocol; what a container is for is the callers' business.
 
 use std::{
+    collections::HashMap,
     io,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -112,8 +113,12 @@ impl Agent {
         stream.map(GuestEvents).map_err(from_guest)
     }
 
-    /// Makes the guest a sandbox.
-    pub async fn configure(&self, hostname: &str) -> Result<agent::ConfigureResponse, Fault> {
+    /// Makes the guest a sandbox with this name and these sysctls.
+    pub async fn configure(
+        &self,
+        hostname: &str,
+        sysctls: HashMap<String, String>,
+    ) -> Result<agent::ConfigureResponse, Fault> {
         let mut seed = vec![0; 64];
         getrandom::fill(&mut seed)
             .map_err(|e| Fault::internal("draw a seed for the guest", &io::Error::other(e)))?;
@@ -123,6 +128,7 @@ impl Agent {
             time_unix_nanos: now.as_nanos() as u64,
             seed,
             share_tag: SHARE_TAG.to_owned(),
+            sysctls,
             ..Default::default()
         };
         self.call(self.client.configure(self.context(), &request)).await
@@ -213,6 +219,11 @@ impl Agent {
     /// The container's cgroup files.
     pub async fn stats(&self, id: &ContainerId) -> Result<agent::StatsResponse, Fault> {
         self.call(self.client.stats(self.context(), &container(id))).await
+    }
+
+    /// The same of all containers together.
+    pub async fn pod_stats(&self) -> Result<agent::StatsResponse, Fault> {
+        self.call(self.client.stats(self.context(), &agent::ContainerRequest::new())).await
     }
 
     /// The container's processes.

@@ -2,7 +2,9 @@
 //! Knows mounts and paths of the host, nothing of the guest beyond the share's layout.
 
 mod mount;
+mod pod;
 mod share;
 
 pub use mount::{MountError, mount};
+pub use pod::PodFiles;
 pub use share::{Share, ShareError};
