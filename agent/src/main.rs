@@ -19,6 +19,7 @@ mod launcher;
 mod log;
 mod net;
 mod netns;
+mod podns;
 mod reaper;
 mod sandbox;
 mod server;

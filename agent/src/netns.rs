@@ -15,7 +15,7 @@ use nix::{
 };
 
 /// Where the pod's namespaces are kept by bind mounts.
-pub(crate) const DIR: &str = "/run/bulkhead/ns";
+pub(crate) const DIR: &str = bulkhead_proto::NAMESPACE_DIR;
 
 /// Path by which containers join the pod's network namespace.
 pub(crate) fn network() -> PathBuf {

@@ -32,8 +32,8 @@ use crate::{
     disks::Disks,
     error::{Doing, Error, Result},
     events::Events,
-    launcher::{LastMile, LaunchError, Launched, Launcher, Size},
-    net, netns,
+    launcher::{Create, LastMile, LaunchError, Launched, Launcher, Size},
+    net, netns, podns,
     reaper::{Key, Reaper},
     spec::{self, Guest},
     stats,
@@ -50,6 +50,8 @@ pub(crate) struct Sandbox {
     state: Mutex<State>,
     /// Wakes those who wait for the end of a process.
     ended: Notify,
+    /// Held while the shared namespace of processes is made.
+    sharing_pids: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -103,7 +105,13 @@ impl Container {
 
 impl Sandbox {
     pub(crate) fn new(launcher: Box<dyn Launcher>, events: Events) -> Arc<Self> {
-        Arc::new(Self { launcher, events, state: Mutex::default(), ended: Notify::new() })
+        Arc::new(Self {
+            launcher,
+            events,
+            state: Mutex::default(),
+            ended: Notify::new(),
+            sharing_pids: Default::default(),
+        })
     }
 
     /// Makes the guest a sandbox; once.
@@ -162,8 +170,14 @@ impl Sandbox {
             create
         };
         let key = (id.clone(), String::new());
-        let launch = |stdio| self.launcher.create(create, stdio);
-        match self.launch(&key, &request.stdio, launch).await {
+        let launched = match self.share_pids_for(&create).await {
+            Ok(()) => {
+                let launch = |stdio| self.launcher.create(create, stdio);
+                self.launch(&key, &request.stdio, launch).await
+            }
+            Err(e) => Err(e),
+        };
+        match launched {
             Ok(pid) => {
                 self.watch_oom(id);
                 Ok(pid)
@@ -173,6 +187,18 @@ impl Sandbox {
                 Err(e)
             }
         }
+    }
+
+    /// The namespace of processes that containers may share is made when the first of them wants it: it costs
+    /// a process.
+    async fn share_pids_for(&self, create: &Create) -> Result<()> {
+        let pid = podns::pid();
+        let namespaces = create.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        if !namespaces.into_iter().flatten().any(|n| n.path().as_ref() == Some(&pid)) {
+            return Ok(());
+        }
+        let _one_at_a_time = self.sharing_pids.lock().await;
+        Ok(self.launcher.share_pids().await?)
     }
 
     /// Lets the command of a created container run.
@@ -349,8 +375,11 @@ impl Sandbox {
         Ok(self.launcher.update(id, resources).await?)
     }
 
-    /// The kernel's numbers of a container.
+    /// The kernel's numbers of a container; without an id, of all together.
     pub(crate) fn stats(&self, id: &str) -> Result<HashMap<String, Vec<u8>>> {
+        if id.is_empty() {
+            return stats::read(Path::new(cgroup::PODS)).doing(|| "read the numbers of the pod".into());
+        }
         self.state().container(id)?;
         stats::read(&cgroup::path(id)).doing(|| format!("read the numbers of container {id}"))
     }

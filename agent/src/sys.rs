@@ -105,6 +105,18 @@ pub(crate) fn set_name(name: &CStr) {
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
+/// Closes every descriptor of this process.
+pub(crate) fn close_all() {
+    // SAFETY: takes plain numbers. The caller is a process of one thread that uses no descriptor any more.
+    unsafe { libc::close_range(0, libc::c_uint::MAX, 0) };
+}
+
+/// Lets nobody look into this process who may not look into every one (PR_SET_DUMPABLE, ptrace(2)).
+pub(crate) fn forbid_tracing() {
+    // SAFETY: takes plain numbers.
+    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
+}
+
 /// Size of a terminal in characters.
 pub(crate) fn set_winsize(tty: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
     let size = libc::winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };

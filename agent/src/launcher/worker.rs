@@ -52,6 +52,7 @@ fn handle(request: Request, stdio: Vec<OwnedFd>) -> (Reply, Option<OwnedFd>) {
         Request::Create(create) => create_container(*create, stdio),
         Request::Exec(exec) => join::run(*exec, stdio),
         Request::Start { id } => return (done(start(&id)), None),
+        Request::SharePids => return (done(share_pids()), None),
         Request::Update { id, resources } => return (done(update(&id, &resources)), None),
         Request::Delete { id } => return (done(delete(&id)), None),
     };
@@ -234,6 +235,10 @@ impl Drop for Console {
 
 fn start(id: &str) -> Result<(), String> {
     load(id)?.start().map_err(|e| chain(&e))
+}
+
+fn share_pids() -> Result<(), String> {
+    crate::podns::create_pid().map_err(|e| format!("make the pod's namespace of processes: {}", why(&e)))
 }
 
 fn update(id: &str, resources: &LinuxResources) -> Result<(), String> {

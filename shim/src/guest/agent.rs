@@ -2,6 +2,7 @@
 //! Knows the agent's protocol; what a container is for is the callers' business.
 
 use std::{
+    collections::HashMap,
     io,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -112,10 +113,11 @@ impl Agent {
         stream.map(GuestEvents).map_err(from_guest)
     }
 
-    /// Makes the guest a sandbox.
+    /// Makes the guest a sandbox with this name, these sysctls and this network.
     pub async fn configure(
         &self,
         hostname: &str,
+        sysctls: HashMap<String, String>,
         network: agent::Network,
     ) -> Result<agent::ConfigureResponse, Fault> {
         let mut seed = vec![0; 64];
@@ -127,6 +129,7 @@ impl Agent {
             time_unix_nanos: now.as_nanos() as u64,
             seed,
             share_tag: SHARE_TAG.to_owned(),
+            sysctls,
             network: Some(network).into(),
             ..Default::default()
         };
@@ -225,6 +228,11 @@ impl Agent {
     /// The container's cgroup files.
     pub async fn stats(&self, id: &ContainerId) -> Result<agent::StatsResponse, Fault> {
         self.call(self.client.stats(self.context(), &container(id))).await
+    }
+
+    /// The same of all containers together.
+    pub async fn pod_stats(&self) -> Result<agent::StatsResponse, Fault> {
+        self.call(self.client.stats(self.context(), &agent::ContainerRequest::new())).await
     }
 
     /// The container's processes.

@@ -3,8 +3,10 @@
 
 mod disk;
 mod mount;
+mod pod;
 mod share;
 
 pub use disk::{DiskError, Disks};
 pub use mount::{MountError, mount};
+pub use pod::PodFiles;
 pub use share::{Share, ShareError};

@@ -77,7 +77,7 @@ impl Snapshot {
         for entry in fs::read_dir(node.bundles()).into_iter().flatten().flatten() {
             rest.insert(format!("bundle {}", entry.path().display()));
         }
-        for dir in cgroups_of(node.namespace()) {
+        for dir in cgroups_of(node.mark()) {
             rest.insert(format!("cgroup {}", dir.display()));
         }
         for (name, file) in loop_devices() {
@@ -264,7 +264,7 @@ pub(crate) fn processes(node: &Node) -> BTreeSet<ProcessInfo> {
         let info = ProcessInfo { pid, parent, name, args };
         let in_namespace = fs::metadata(format!("/proc/{pid}/ns/mnt")).is_ok_and(|m| m.ino() == own);
         let in_cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))
-            .is_ok_and(|c| c.contains(&format!("/{}/", node.namespace())));
+            .is_ok_and(|c| c.contains(&format!("/{}/", node.mark())));
         if in_namespace || in_cgroup || info.args.iter().any(|a| a.contains(&dir)) {
             members.insert(pid);
             found.insert(info);
