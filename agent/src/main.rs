@@ -13,6 +13,7 @@ mod configure;
 mod devices;
 mod error;
 mod events;
+mod forward;
 mod host;
 mod launcher;
 mod log;
