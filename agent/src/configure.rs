@@ -23,7 +23,7 @@ use nix::{
 use crate::{
     cgroup,
     error::{Doing, Error, Result},
-    netns,
+    netns, podns,
 };
 
 /// Applies a request to the guest and says what kind of guest it is.
@@ -49,6 +49,7 @@ pub(crate) fn apply(request: &ConfigureRequest) -> Result<ConfigureResponse> {
         }
     }
     netns::create_network(net).doing(|| "make the network namespace of the pod".into())?;
+    podns::create(ipc_sysctls(request)).doing(|| "make the ipc and uts namespaces of the pod".into())?;
     if !request.share_tag.is_empty() {
         mount_share(&request.share_tag)?;
     }

@@ -22,17 +22,19 @@ use std::{
 };
 
 use bulkhead_proto::agent::{
-    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, GuestProcess, ResizePtyRequest,
-    SignalRequest, Stdio, UpdateRequest,
+    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, ForwardRequest, GuestProcess,
+    Network, ResizePtyRequest, SignalRequest, Stdio, UpdateRequest,
 };
 use tokio::{sync::Notify, task::AbortHandle, time::timeout};
 
 use crate::{
     cgroup, configure,
+    disks::Disks,
     error::{Doing, Error, Result},
     events::Events,
-    launcher::{LastMile, LaunchError, Launched, Launcher, Size},
-    netns,
+    forward,
+    launcher::{Create, LastMile, LaunchError, Launched, Launcher, Size},
+    net, netns, podns,
     reaper::{Key, Reaper},
     spec::{self, Guest},
     stats,
@@ -49,12 +51,15 @@ pub(crate) struct Sandbox {
     state: Mutex<State>,
     /// Wakes those who wait for the end of a process.
     ended: Notify,
+    /// Held while the shared namespace of processes is made.
+    sharing_pids: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
 struct State {
     configured: bool,
     ipc_sysctls: Vec<(String, String)>,
+    network: net::Applied,
     containers: HashMap<String, Container>,
     reaper: Reaper,
 }
@@ -101,7 +106,13 @@ impl Container {
 
 impl Sandbox {
     pub(crate) fn new(launcher: Box<dyn Launcher>, events: Events) -> Arc<Self> {
-        Arc::new(Self { launcher, events, state: Mutex::default(), ended: Notify::new() })
+        Arc::new(Self {
+            launcher,
+            events,
+            state: Mutex::default(),
+            ended: Notify::new(),
+            sharing_pids: Default::default(),
+        })
     }
 
     /// Makes the guest a sandbox; once.
@@ -111,9 +122,29 @@ impl Sandbox {
             return Err(Error::State("the sandbox is configured already".into()));
         }
         let response = configure::apply(request)?;
+        if let Some(network) = request.network.as_ref() {
+            state.network.set(network)?;
+        }
         state.ipc_sysctls = configure::ipc_sysctls(request);
         state.configured = true;
         Ok(response)
+    }
+
+    /// Makes the pod's network what the host says.
+    pub(crate) fn set_network(&self, network: &Network) -> Result<()> {
+        let mut state = self.state();
+        if !state.configured {
+            return Err(Error::State("the sandbox is not configured yet".into()));
+        }
+        state.network.set(network)
+    }
+
+    /// Connects the host to a server of the pod.
+    pub(crate) async fn forward(&self, request: &ForwardRequest) -> Result<()> {
+        if !self.state().configured {
+            return Err(Error::State("the sandbox is not configured yet".into()));
+        }
+        forward::forward(request, &self.events).await
     }
 
     /// Makes a container whose command waits for [`Sandbox::start`]. Answers the pid of its init.
@@ -131,6 +162,7 @@ impl Sandbox {
                 network: netns::network(),
                 namespaces: Path::new(netns::DIR),
                 has_device: &|typ, major, minor| spec::sys_dev(typ, major, minor).exists(),
+                disks: Disks::find(&request.disks).doing(|| "find the container's block devices".into())?,
                 ipc_sysctls: &state.ipc_sysctls,
             };
             let create = spec::container(id, &request.spec, terminal_of(&request.stdio), &guest)?;
@@ -147,8 +179,14 @@ impl Sandbox {
             create
         };
         let key = (id.clone(), String::new());
-        let launch = |stdio| self.launcher.create(create, stdio);
-        match self.launch(&key, &request.stdio, launch).await {
+        let launched = match self.share_pids_for(&create).await {
+            Ok(()) => {
+                let launch = |stdio| self.launcher.create(create, stdio);
+                self.launch(&key, &request.stdio, launch).await
+            }
+            Err(e) => Err(e),
+        };
+        match launched {
             Ok(pid) => {
                 self.watch_oom(id);
                 Ok(pid)
@@ -158,6 +196,18 @@ impl Sandbox {
                 Err(e)
             }
         }
+    }
+
+    /// The namespace of processes that containers may share is made when the first of them wants it: it costs
+    /// a process.
+    async fn share_pids_for(&self, create: &Create) -> Result<()> {
+        let pid = podns::pid();
+        let namespaces = create.spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+        if !namespaces.into_iter().flatten().any(|n| n.path().as_ref() == Some(&pid)) {
+            return Ok(());
+        }
+        let _one_at_a_time = self.sharing_pids.lock().await;
+        Ok(self.launcher.share_pids().await?)
     }
 
     /// Lets the command of a created container run.
@@ -186,7 +236,8 @@ impl Sandbox {
             if container.status != Status::Running {
                 return Err(not_in(id, container.status, "run a process in it"));
             }
-            let exec = spec::exec(id, &request.process, terminal_of(&request.stdio), &container.last_mile)?;
+            let init = container.process(id, "")?.pid;
+            let exec = spec::exec(init, &request.process, terminal_of(&request.stdio), &container.last_mile)?;
             container.processes.insert(exec_id.clone(), Process { pid: 0, terminal: None });
             exec
         };
@@ -333,8 +384,11 @@ impl Sandbox {
         Ok(self.launcher.update(id, resources).await?)
     }
 
-    /// The kernel's numbers of a container.
+    /// The kernel's numbers of a container; without an id, of all together.
     pub(crate) fn stats(&self, id: &str) -> Result<HashMap<String, Vec<u8>>> {
+        if id.is_empty() {
+            return stats::read(Path::new(cgroup::PODS)).doing(|| "read the numbers of the pod".into());
+        }
         self.state().container(id)?;
         stats::read(&cgroup::path(id)).doing(|| format!("read the numbers of container {id}"))
     }

@@ -15,8 +15,9 @@ use bulkhead_proto::{
     CONTROL_PORT, PROTOCOL_VERSION,
     agent::{
         Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, PidsResponse,
-        ResizePtyRequest, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, create_agent,
+        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, ForwardRequest,
+        Network, PidsResponse, ResizePtyRequest, ShutdownRequest, SignalRequest, StatsResponse,
+        UpdateRequest, create_agent,
     },
     stream::{Hello, encode_hello},
 };
@@ -141,6 +142,11 @@ impl Agent for Service {
         Ok(self.sandbox.configure(&request)?)
     }
 
+    async fn set_network(&self, _: &TtrpcContext, request: Network) -> Result<Empty> {
+        self.sandbox.set_network(&request)?;
+        Ok(Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,
@@ -193,6 +199,11 @@ impl Agent for Service {
     async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<PidsResponse> {
         let processes = self.sandbox.processes(&request.container_id)?;
         Ok(PidsResponse { processes, ..Default::default() })
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> Result<Empty> {
+        self.sandbox.forward(&request).await?;
+        Ok(Empty::new())
     }
 
     async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {

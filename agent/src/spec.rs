@@ -10,11 +10,12 @@ use std::{
 
 use oci_spec::runtime::{
     Hook, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxResources, LinuxSeccompAction, Process, Spec,
+    LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources, LinuxSeccompAction, Process, Spec,
 };
 
 use crate::{
     cgroup,
+    disks::Disks,
     error::{Error, Result},
     launcher::{Create, Exec, LastMile, Size, allows_every_device, default_devices},
 };
@@ -27,6 +28,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) namespaces: &'a Path,
     /// Has the guest this device? Kind, major, minor.
     pub(crate) has_device: &'a dyn Fn(LinuxDeviceType, i64, i64) -> bool,
+    /// Disks that stand for block devices of the host.
+    pub(crate) disks: Disks,
     /// Sysctls of the pod that belong to each container's ipc namespace.
     pub(crate) ipc_sysctls: &'a [(String, String)],
 }
@@ -50,7 +53,10 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     let mut last_mile = process_of(&mut process, terminal, true)?;
     last_mile.seccomp = linux.seccomp().clone();
     linux.set_seccomp(None);
+    last_mile.linux32 = is_32_bits(&linux)?;
+    linux.set_personality(None);
 
+    guest.disks.translate(&mut linux);
     let devices = devices(&mut linux, guest)?;
     refuse_sharing(&spec)?;
     if let Some(propagation) = linux.rootfs_propagation() {
@@ -65,12 +71,13 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     Ok(Create { id: id.to_owned(), spec, last_mile, devices })
 }
 
-/// Translates a further process of a container whose last mile was `init`.
-pub(crate) fn exec(id: &str, process: &[u8], terminal: Terminal, init: &LastMile) -> Result<Exec> {
+/// Translates a further process of a container whose init has the pid `init` and went `of_init`.
+pub(crate) fn exec(init: i32, process: &[u8], terminal: Terminal, of_init: &LastMile) -> Result<Exec> {
     let mut process: Process = serde_json::from_slice(process).map_err(|e| invalid("the process", &e))?;
     let mut last_mile = process_of(&mut process, terminal, false)?;
-    last_mile.seccomp = init.seccomp.clone();
-    Ok(Exec { id: id.to_owned(), process, last_mile })
+    last_mile.seccomp = of_init.seccomp.clone();
+    last_mile.linux32 = of_init.linux32;
+    Ok(Exec { init, process, last_mile })
 }
 
 /// Reads and checks limits.
@@ -119,6 +126,7 @@ fn process_of(process: &mut Process, terminal: Terminal, init: bool) -> Result<L
         env: process.env().clone().unwrap_or_default(),
         cwd: process.cwd().clone(),
         uid: process.user().uid(),
+        linux32: false,
         capabilities: process.capabilities().clone(),
         seccomp: None,
         no_new_privileges: process.no_new_privileges() == Some(true),
@@ -138,6 +146,14 @@ fn process_of(process: &mut Process, terminal: Terminal, init: bool) -> Result<L
         process.set_no_new_privileges(None);
     }
     Ok(last_mile)
+}
+
+fn is_32_bits(linux: &Linux) -> Result<bool> {
+    let Some(personality) = linux.personality() else { return Ok(false) };
+    if personality.flags().as_ref().is_some_and(|flags| !flags.is_empty()) {
+        return Err(refuse("linux.personality.flags", "the specification knows none".into()));
+    }
+    Ok(personality.domain() == LinuxPersonalityDomain::PerLinux32)
 }
 
 /// Only startContainer runs in the container; the others' programs lie on the host.

@@ -4,6 +4,7 @@ use super::*;
 
 fn guest() -> Guest<'static> {
     Guest {
+        disks: Disks::default(),
         network: "/run/bulkhead/ns/net".into(),
         namespaces: Path::new("/run/bulkhead/ns"),
         has_device: &|_, major, minor| (major, minor) == (1, 3),
@@ -86,11 +87,21 @@ fn an_exec_gets_the_filter_of_its_container() {
     let init = adapt(&base()).unwrap().last_mile;
     let process = base()["process"].to_string();
     let size = Size { width: 80, height: 24 };
-    let exec = exec("c", process.as_bytes(), Some(size), &init).unwrap();
+    let exec = exec(7, process.as_bytes(), Some(size), &init).unwrap();
     assert_eq!(exec.last_mile.seccomp, init.seccomp);
     assert!(!exec.last_mile.init);
     assert_eq!(exec.last_mile.terminal, Some(size));
     assert_eq!(exec.process.terminal(), Some(true));
+}
+
+#[test]
+fn a_32_bit_machine_is_for_every_process_of_the_container() {
+    let mut spec = base();
+    spec["linux"]["personality"] = json!({"domain": "LINUX32"});
+    let create = adapt(&spec).unwrap();
+    assert!(create.last_mile.linux32 && create.spec.linux().as_ref().unwrap().personality().is_none());
+    let process = spec["process"].to_string();
+    assert!(exec(7, process.as_bytes(), None, &create.last_mile).unwrap().last_mile.linux32);
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::{
     ffi::CStr,
     io,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 use nix::unistd::{ForkResult, fork};
@@ -105,11 +105,78 @@ pub(crate) fn set_name(name: &CStr) {
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
+/// Closes every descriptor of this process.
+pub(crate) fn close_all() {
+    // SAFETY: takes plain numbers. The caller is a process of one thread that uses no descriptor any more.
+    unsafe { libc::close_range(0, libc::c_uint::MAX, 0) };
+}
+
+/// Lets nobody look into this process who may not look into every one (PR_SET_DUMPABLE, ptrace(2)).
+pub(crate) fn forbid_tracing() {
+    // SAFETY: takes plain numbers.
+    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0) };
+}
+
 /// Size of a terminal in characters.
 pub(crate) fn set_winsize(tty: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
     let size = libc::winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCSWINSZ reads one winsize, which outlives the call.
     check(unsafe { libc::ioctl(tty.as_raw_fd(), libc::TIOCSWINSZ, &size) })
+}
+
+/// A descriptor of a process, by which its namespaces are entered.
+pub(crate) fn pidfd(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes plain numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    check(fd as libc::c_int)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Opens the other end of a terminal, whatever lies at its path.
+pub(crate) fn peer_of(master: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: TIOCGPTPEER takes flags by value.
+    let fd = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags) };
+    check(fd)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes a terminal that of the session which this process leads.
+pub(crate) fn make_controlling(terminal: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: TIOCSCTTY takes a plain number.
+    check(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSCTTY, 0) })
+}
+
+/// `struct sched_attr`, linux/sched/types.h, as of its first version.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub(crate) struct SchedAttr {
+    /// Of this structure; set by [`set_scheduler`].
+    pub(crate) size: u32,
+    pub(crate) policy: u32,
+    pub(crate) flags: u64,
+    pub(crate) nice: i32,
+    pub(crate) priority: u32,
+    /// Nanoseconds, as the next two.
+    pub(crate) runtime: u64,
+    pub(crate) deadline: u64,
+    pub(crate) period: u64,
+}
+
+/// Sets how the calling thread is scheduled.
+pub(crate) fn set_scheduler(attributes: &SchedAttr) -> io::Result<()> {
+    let attributes = SchedAttr { size: size_of::<SchedAttr>() as u32, ..*attributes };
+    // SAFETY: the kernel reads as many bytes as the structure says that it has, and it outlives the call.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) } as libc::c_int)
+}
+
+/// Has the calling process see a 32-bit machine (personality(2), PER_LINUX32).
+pub(crate) fn see_32_bits() -> io::Result<()> {
+    const PER_LINUX32: libc::c_ulong = 0x0008;
+    // SAFETY: takes a plain number.
+    check(unsafe { libc::personality(PER_LINUX32) })
 }
 
 /// Mixes `seed` into the kernel's pool and credits it in full.

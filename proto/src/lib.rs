@@ -6,7 +6,7 @@ pub mod stream;
 
 /// Version of the conversation. Shim and guest image refuse each other when it differs: both come from
 /// one build, so a mismatch means that an old image lies beside a new shim.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// Vsock port at which the host waits for the agent's control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -22,6 +22,13 @@ pub const SHARE_DIR: &str = "/run/bulkhead/share";
 
 /// Tag of the virtio-fs device that carries the share.
 pub const SHARE_TAG: &str = "share";
+
+/// Where the agent keeps the pod's namespaces in the guest: `net`, `ipc`, `uts` and `pid`, by which containers
+/// of a pod share them. A spec names them as `path`.
+pub const NAMESPACE_DIR: &str = "/run/bulkhead/ns";
+
+/// The pod's /dev/shm in the guest, which containers of a pod share.
+pub const SHM_DIR: &str = "/run/bulkhead/shm";
 
 /// Prefix of an error message for a command that is not in the container, after which the reason follows
 /// in the words that users know from runc.

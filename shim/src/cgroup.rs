@@ -1,6 +1,8 @@
 //! The control group of the host in which a sandbox's processes are counted.
 //! Knows cgroup v1 and v2 through cgroups-rs; sets no limits: those hold inside the guest.
 
+use std::{collections::HashMap, path::PathBuf};
+
 use cgroups_rs::{
     CgroupPid,
     fs::{Cgroup, hierarchies},
@@ -69,6 +71,14 @@ pub fn path_for(spec: Option<&str>, namespace: &str, id: &str) -> String {
     path + &format!("{prefix}-{name}.scope")
 }
 
+/// The group of `id` below the parent of its pod, in the spelling of an OCI spec: systemd's for a slice.
+pub fn below(parent: &str, id: &str) -> String {
+    match parent.trim_end_matches('/').rsplit('/').next() {
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:cri-containerd:{id}"),
+        _ => format!("{}/{id}", parent.trim_end_matches('/')),
+    }
+}
+
 /// `path` and those of its parents that do not exist yet, the outermost first: what creating it will make.
 pub fn missing(path: &str) -> Vec<String> {
     let mut wanted = Vec::new();
@@ -124,6 +134,52 @@ pub fn oom_kills(path: &str) -> u64 {
     text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
 }
 
+/// What the kernel counts in the group, as files of cgroup v2 whatever the host has; empty where it cannot be
+/// told (cgroup-v2.rst; cgroup-v1/memory.rst, cpuacct.rst).
+pub fn figures(path: &str) -> HashMap<String, Vec<u8>> {
+    let hierarchy = hierarchies::auto();
+    let read = |file: PathBuf| std::fs::read_to_string(file).ok();
+    let mut files = HashMap::new();
+    let mut put = |name: &str, text: Option<String>| {
+        files.extend(text.map(|text| (name.to_owned(), text.into_bytes())));
+    };
+    if hierarchy.v2() {
+        let names = ["cpu.stat", "memory.current", "memory.stat", "memory.events", "pids.current", "io.stat"];
+        for name in names {
+            put(name, read(hierarchy.root().join(path).join(name)));
+        }
+        return files;
+    }
+    let of = |controller: &str, name: &str| read(hierarchy.root().join(controller).join(path).join(name));
+    put("memory.current", of("memory", "memory.usage_in_bytes"));
+    put("memory.stat", of("memory", "memory.stat").map(|text| modern_stat(&text)));
+    put("pids.current", of("pids", "pids.current"));
+    // In nanoseconds there, in microseconds here.
+    let nanoseconds = of("cpuacct", "cpuacct.usage").and_then(|text| text.trim().parse::<u64>().ok());
+    put("cpu.stat", nanoseconds.map(|n| format!("usage_usec {}\n", n / 1000)));
+    files
+}
+
+/// The lines of version 1 whose meaning version 2 has too, under the names that they have there.
+fn modern_stat(text: &str) -> String {
+    let renamed = [
+        ("total_rss ", "anon "),
+        ("total_cache ", "file "),
+        ("total_inactive_file ", "inactive_file "),
+        ("total_active_file ", "active_file "),
+        ("total_inactive_anon ", "inactive_anon "),
+        ("total_active_anon ", "active_anon "),
+        ("total_shmem ", "shmem "),
+        ("total_pgfault ", "pgfault "),
+        ("total_pgmajfault ", "pgmajfault "),
+    ];
+    let line = |line: &str| {
+        let (old, new) = renamed.iter().find(|(old, _)| line.starts_with(old))?;
+        Some(format!("{new}{}\n", &line[old.len()..]))
+    };
+    text.lines().filter_map(line).collect()
+}
+
 fn has_children(path: &str) -> bool {
     let hierarchy = hierarchies::auto();
     let roots = if hierarchy.v2() {
@@ -150,6 +206,18 @@ fn load(path: &str) -> Cgroup {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_of_version_1_get_the_names_of_version_2() {
+        let text = "cache 1\nrss 2\ntotal_cache 3\ntotal_rss 4\ntotal_rss_huge 5\ntotal_inactive_file 6\n";
+        assert_eq!(modern_stat(text), "file 3\nanon 4\ninactive_file 6\n");
+    }
+
+    #[test]
+    fn a_pods_group_lies_below_its_parent() {
+        assert_eq!(below("/kubepods/pod1/", "x"), "/kubepods/pod1/x");
+        assert_eq!(below("/kubepods.slice/kubepods-podA.slice", "x"), "kubepods-podA.slice:cri-containerd:x");
+    }
 
     #[test]
     fn the_path_follows_the_spec() {

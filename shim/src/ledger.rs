@@ -51,6 +51,19 @@ pub enum Entry {
         /// Which.
         path: PathBuf,
     },
+    /// What makes a link of a network namespace give its frames to a tap. The tap goes with its machine.
+    Redirection {
+        /// The namespace.
+        netns: PathBuf,
+        /// Device of the namespace; another one may have its path later.
+        device: u64,
+        /// Inode of the namespace.
+        inode: u64,
+        /// Number of the link in it.
+        link: u32,
+        /// The link's queueing discipline is not ours.
+        keep_ingress: bool,
+    },
     /// A control group of the host, in every hierarchy that has it.
     Cgroup {
         /// Relative to the root of the hierarchy.
@@ -204,6 +217,16 @@ fn take_back(entry: &Entry) -> Result<(), String> {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(format!("file {}: {e}", path.display())),
             _ => Ok(()),
         },
+        Entry::Redirection { netns, device, inode, link, keep_ingress } => {
+            let undo = bulkhead_hostnet::Undo {
+                netns: netns.clone(),
+                identity: (*device, *inode),
+                link: *link,
+                keep_ingress: *keep_ingress,
+            };
+            bulkhead_hostnet::undo(&undo)
+                .map_err(|e| format!("link {link} in {}: {}", netns.display(), crate::error::chain(&e)))
+        }
         Entry::Cgroup { path } => crate::cgroup::remove(path).map_err(|e| format!("cgroup {path}: {e}")),
     }
 }

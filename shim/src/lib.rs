@@ -13,6 +13,7 @@ pub mod log;
 pub mod plan;
 pub mod process;
 pub mod sandbox;
+pub mod sandbox_api;
 pub mod stats;
 pub mod stdio;
 pub mod storage;

@@ -15,7 +15,7 @@ use std::{
 
 use tracing::{Event, Subscriber, field::Visit};
 use tracing_subscriber::{
-    EnvFilter,
+    filter::{LevelFilter, Targets},
     fmt::{
         FmtContext, FormatEvent, FormatFields, MakeWriter,
         format::Writer,
@@ -27,8 +27,9 @@ use tracing_subscriber::{
 
 /// Sends every message of at least `level` to the fifo at `path`, and finished spans to `trace` if given.
 pub fn init(path: &Path, level: &str, trace: Option<&Path>) {
-    let filter =
-        EnvFilter::try_new(format!("{level},ttrpc=error")).unwrap_or_else(|_| EnvFilter::new("info"));
+    let level = level.parse().unwrap_or(LevelFilter::INFO);
+    // Not tracing's EnvFilter: its patterns bring a second engine of regular expressions with them.
+    let filter = Targets::new().with_default(level).with_target("ttrpc", LevelFilter::ERROR);
     let lines = tracing_subscriber::fmt::layer()
         .event_format(Logfmt)
         .with_writer(Fifo::new(path.to_owned()))

@@ -31,7 +31,7 @@ use crate::{
 
 /// Type of the figures that Stats answers with; any other makes containerd fail for the whole node
 /// (contract, T11).
-const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+pub(crate) const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// The task service of one shim.
 pub struct TaskService {
@@ -357,6 +357,6 @@ fn process_details(exec: &str) -> MessageField<Any> {
     })
 }
 
-fn unexpected(reply: &Reply) -> ttrpc::Error {
+pub(crate) fn unexpected(reply: &Reply) -> ttrpc::Error {
     Fault::new(Kind::Internal, format!("the sandbox answered {reply:?}, which is not to the point")).into()
 }

@@ -134,6 +134,10 @@ impl Launcher for Zygote {
         self.launch(Request::Exec(Box::new(exec)), stdio).await
     }
 
+    async fn share_pids(&self) -> Result<(), LaunchError> {
+        self.tell(Request::SharePids).await
+    }
+
     async fn update(&self, id: &str, resources: LinuxResources) -> Result<(), LaunchError> {
         self.tell(Request::Update { id: id.to_owned(), resources: Box::new(resources) }).await
     }

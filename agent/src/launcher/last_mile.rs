@@ -9,6 +9,7 @@
 use std::{
     cell::OnceCell,
     collections::HashMap,
+    convert::Infallible,
     env,
     ffi::CString,
     fs, io,
@@ -47,6 +48,8 @@ pub(crate) struct LastMile {
     pub(crate) env: Vec<String>,
     pub(crate) cwd: PathBuf,
     pub(crate) uid: u32,
+    /// Sees a 32-bit machine (linux.personality).
+    pub(crate) linux32: bool,
     /// None = no capability at all.
     pub(crate) capabilities: Option<LinuxCapabilities>,
     pub(crate) seccomp: Option<LinuxSeccomp>,
@@ -72,8 +75,11 @@ impl LastMileExecutor {
         Self { todo, report, program: OnceCell::new() }
     }
 
-    fn prepare(&self) -> Result<(), String> {
+    pub(super) fn prepare(&self) -> Result<(), String> {
         let todo = &self.todo;
+        if todo.linux32 {
+            crate::sys::see_32_bits().map_err(|e| format!("linux.personality: {}", why(&e)))?;
+        }
         if let Some(Size { width, height }) = todo.terminal
             && (width, height) != (0, 0)
         {
@@ -97,7 +103,8 @@ impl LastMileExecutor {
             .map_err(|e| format!("seccomp: {}", super::worker::chain(&e)))
     }
 
-    fn execute(&self) -> Result<(), String> {
+    /// Does not return but with an error.
+    pub(super) fn execute(&self) -> Result<Infallible, String> {
         let todo = &self.todo;
         if todo.no_new_privileges {
             self.filter()?;
@@ -118,7 +125,7 @@ impl LastMileExecutor {
         Err(format!("exec {}: {}", program.to_string_lossy(), why(&e.into())))
     }
 
-    fn reported(&self, result: Result<(), String>) -> Result<(), String> {
+    fn reported<T>(&self, result: Result<T, String>) -> Result<T, String> {
         if let Err(reason) = &result {
             crate::sys::write_raw(self.report, reason.as_bytes());
         }
@@ -137,7 +144,7 @@ impl Executor for LastMileExecutor {
     }
 
     fn exec(&self, _: &Spec) -> Result<(), ExecutorError> {
-        let Err(reason) = self.reported(self.execute()) else { return Ok(()) };
+        let Err(reason) = self.reported(self.execute());
         if self.todo.init {
             // The answer to Create was given long ago; the container's own stderr is what is left.
             eprintln!("{reason}");

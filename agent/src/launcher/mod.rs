@@ -11,7 +11,9 @@
 
 mod client;
 mod devices;
+mod join;
 mod last_mile;
+mod schedule;
 mod wire;
 mod worker;
 mod zygote;
@@ -26,7 +28,7 @@ pub(crate) use client::Zygote;
 pub(crate) use devices::{allows_everything as allows_every_device, defaults as default_devices};
 pub(crate) use last_mile::{LastMile, Size};
 
-/// The five things that are done to containers.
+/// What is done to containers.
 #[async_trait]
 pub(crate) trait Launcher: Send + Sync {
     /// Everything up to the point where only the exec of the command is missing.
@@ -35,6 +37,8 @@ pub(crate) trait Launcher: Send + Sync {
     async fn start(&self, id: &str) -> Result<(), LaunchError>;
     /// Runs a further process in a started container.
     async fn exec(&self, exec: Exec, stdio: Option<[OwnedFd; 3]>) -> Result<Launched, LaunchError>;
+    /// Makes the namespace of processes that containers of the pod share; nothing where it is there.
+    async fn share_pids(&self) -> Result<(), LaunchError>;
     /// Changes the limits of a container.
     async fn update(&self, id: &str, resources: LinuxResources) -> Result<(), LaunchError>;
     /// Removes what libcontainer keeps of a container, and its cgroup. Kills what still runs.
@@ -55,7 +59,8 @@ pub(crate) struct Create {
 /// A process to be added to a container.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Exec {
-    pub(crate) id: String,
+    /// Pid of the container's init, whose cgroup and namespaces it gets.
+    pub(crate) init: i32,
     pub(crate) process: Process,
     pub(crate) last_mile: LastMile,
 }
@@ -85,6 +90,7 @@ pub(crate) enum LaunchError {
 enum Request {
     Create(Box<Create>),
     Start { id: String },
+    SharePids,
     Exec(Box<Exec>),
     Update { id: String, resources: Box<LinuxResources> },
     Delete { id: String },

@@ -21,15 +21,11 @@ use libcontainer::{
     container::{Container, builder::ContainerBuilder},
     syscall::syscall::SyscallType,
 };
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg, OFlag},
-    unistd::pipe2,
-};
+use nix::{errno::Errno, fcntl::OFlag, unistd::pipe2};
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use super::{
-    Create, Exec, LastMile, Reply, Request,
+    Create, LastMile, Reply, Request, join,
     last_mile::{LastMileExecutor, why},
     wire,
 };
@@ -54,8 +50,9 @@ pub(super) fn serve(mut agent: UnixStream, stdio: Vec<OwnedFd>) {
 fn handle(request: Request, stdio: Vec<OwnedFd>) -> (Reply, Option<OwnedFd>) {
     let launched = match request {
         Request::Create(create) => create_container(*create, stdio),
-        Request::Exec(exec) => exec_process(*exec, stdio),
+        Request::Exec(exec) => join::run(*exec, stdio),
         Request::Start { id } => return (done(start(&id)), None),
+        Request::SharePids => return (done(share_pids()), None),
         Request::Update { id, resources } => return (done(update(&id, &resources)), None),
         Request::Delete { id } => return (done(delete(&id)), None),
     };
@@ -95,10 +92,7 @@ fn create_container(create: Create, stdio: Vec<OwnedFd>) -> Result<(i32, Option<
         create.spec.save(&spec).map_err(|e| format!("write {}: {}", spec.display(), chain(&e)))?;
         fs::create_dir(&cgroup).map_err(doing("create", &cgroup))?;
         super::devices::restrict(&cgroup, &create.devices)?;
-        launch(&id, create.last_mile, stdio, |builder| {
-            let container = builder.as_init(&bundle).with_systemd(false).with_detach(true).build()?;
-            Ok(container.pid().map(|pid| pid.as_raw()))
-        })
+        launch(&id, &bundle, create.last_mile, stdio)
     })();
     if result.is_err() {
         // What libcontainer has not taken back itself; none of it may be there.
@@ -109,44 +103,12 @@ fn create_container(create: Create, stdio: Vec<OwnedFd>) -> Result<(i32, Option<
     result
 }
 
-fn exec_process(exec: Exec, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedFd>), String> {
-    let state = state_root().join(&exec.id);
-    let lock = lock(&state)?;
-    let path = bundle(&exec.id).join(format!("process-{}.json", process::id()));
-    let process = serde_json::to_vec(&exec.process).map_err(|e| format!("write the process: {e}"))?;
-    fs::write(&path, process).map_err(doing("write", &path))?;
-    let cgroup = cgroup_of_init(&exec.id)?;
-    let result = launch(&exec.id, exec.last_mile, stdio, |builder| {
-        let tenant = builder.as_tenant().with_detach(true).with_process(Some(&path)).with_sub_cgroup(cgroup);
-        let pid = tenant.build()?;
-        Ok(Some(pid.as_raw()))
-    });
-    let _ = fs::remove_file(&path);
-    sweep(&state, lock);
-    result
-}
-
-/// Where init is, below the container's cgroup: one that has moved itself and shares out its controllers (as
-/// systemd does) leaves a cgroup that takes no process any more.
-fn cgroup_of_init(id: &str) -> Result<Option<String>, String> {
-    let Some(pid) = load(id)?.pid() else { return Ok(None) };
-    let path = PathBuf::from(format!("/proc/{pid}/cgroup"));
-    let text = fs::read_to_string(&path).map_err(doing("read", &path))?;
-    Ok(sub_cgroup(&text, &cgroup::oci_path(id)))
-}
-
-fn sub_cgroup(proc_cgroup: &str, own: &Path) -> Option<String> {
-    let path = proc_cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
-    let below = Path::new(path).strip_prefix(own).ok()?;
-    (!below.as_os_str().is_empty()).then(|| below.to_string_lossy().into_owned())
-}
-
-/// Builds a process with what both kinds have in common, and turns each failure into one text.
+/// Has libcontainer make the container, and turns each failure into one text.
 fn launch(
     id: &str,
+    bundle: &Path,
     last_mile: LastMile,
     stdio: Vec<OwnedFd>,
-    build: impl FnOnce(ContainerBuilder) -> Result<Option<i32>, libcontainer::error::LibcontainerError>,
 ) -> Result<(i32, Option<OwnedFd>), String> {
     let io = |e: io::Error| format!("launcher: {}", why(&e));
     let (report_from, report_to) = report_pipe().map_err(io)?;
@@ -169,9 +131,9 @@ fn launch(
         builder.stdout = streams.next();
         builder.stderr = streams.next();
     }
-    let built = build(builder);
+    let built = builder.as_init(bundle).with_systemd(false).with_detach(true).build();
     crate::log::capture_into(-1);
-    match built {
+    match built.map(|container| container.pid().map(|pid| pid.as_raw())) {
         Ok(Some(pid)) => {
             let terminal = console.map(Console::terminal).transpose().map_err(io)?;
             Ok((pid, terminal))
@@ -275,6 +237,10 @@ fn start(id: &str) -> Result<(), String> {
     load(id)?.start().map_err(|e| chain(&e))
 }
 
+fn share_pids() -> Result<(), String> {
+    crate::podns::create_pid().map_err(|e| format!("make the pod's namespace of processes: {}", why(&e)))
+}
+
 fn update(id: &str, resources: &LinuxResources) -> Result<(), String> {
     let manager = create_cgroup_manager(CgroupConfig {
         cgroup_path: cgroup::oci_path(id),
@@ -359,27 +325,6 @@ fn make_cwd_below_read_only_root(create: &Create) -> Result<(), String> {
     Ok(())
 }
 
-/// Held while an exec is under way in a container.
-fn lock(state: &Path) -> Result<Flock<File>, String> {
-    let path = state.join("exec.lock");
-    let file =
-        File::options().create(true).append(true).open(&path).map_err(doing("open the lock", &path))?;
-    Flock::lock(file, FlockArg::LockShared).map_err(|(_, e)| format!("lock {}: {e}", path.display()))
-}
-
-/// libcontainer leaves the sockets of every exec in its state directory. The last of the execs under way
-/// removes them all; a probe each second would else fill the guest's memory.
-fn sweep(state: &Path, lock: Flock<File>) {
-    if lock.relock(FlockArg::LockExclusiveNonblock).is_err() {
-        return;
-    }
-    for entry in fs::read_dir(state).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with("tenant-") {
-            let _ = fs::remove_file(entry.path());
-        }
-    }
-}
-
 /// Puts what was tried, and on what, before what the kernel said.
 fn doing<'a>(verb: &'a str, path: &'a Path) -> impl Fn(io::Error) -> String + 'a {
     move |e| format!("{verb} {}: {}", path.display(), why(&e))
@@ -439,14 +384,6 @@ mod tests {
     }
 
     #[test]
-    fn an_init_that_has_moved_is_found() {
-        let own = Path::new("/bulkhead/c");
-        assert_eq!(sub_cgroup("0::/bulkhead/c\n", own), None);
-        assert_eq!(sub_cgroup("0::/bulkhead/c/init.scope\n", own).as_deref(), Some("init.scope"));
-        assert_eq!(sub_cgroup("0::/elsewhere\n", own), None);
-    }
-
-    #[test]
     fn a_missing_mount_source_is_named() {
         let spec: Spec = serde_json::from_value(serde_json::json!({
             "ociVersion": "1.2.0",
@@ -458,18 +395,5 @@ mod tests {
             check_files(&spec).unwrap_err(),
             "mount at /data: source /not/there: no such file or directory"
         );
-    }
-
-    #[test]
-    fn sockets_of_ended_execs_are_swept_by_the_last_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("tenant-notify-1.sock");
-        fs::write(&socket, "").unwrap();
-        let (first, second) = (lock(dir.path()).unwrap(), lock(dir.path()).unwrap());
-        sweep(dir.path(), first);
-        // The first could not know whether the socket is the second's.
-        assert!(socket.exists());
-        sweep(dir.path(), second);
-        assert!(!socket.exists());
     }
 }

@@ -25,6 +25,22 @@ fn main() {
     let _ = reboot(RebootMode::RB_AUTOBOOT);
 }
 
+/// As the agent does: Linux gives a dial 2 s, in which a host that translates several machines may not get to it.
+#[allow(unsafe_code)]
+fn be_patient(socket: i32) -> io::Result<()> {
+    // linux/vm_sockets.h: SO_VM_SOCKETS_CONNECT_TIMEOUT_OLD, which takes a struct timeval.
+    const CONNECT_TIMEOUT: libc::c_int = 6;
+    let limit = libc::timeval { tv_sec: 60, tv_usec: 0 };
+    let size = size_of_val(&limit) as libc::socklen_t;
+    // SAFETY: the kernel reads one timeval, which outlives the call.
+    match unsafe {
+        libc::setsockopt(socket, libc::AF_VSOCK, CONNECT_TIMEOUT, (&raw const limit).cast(), size)
+    } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// As the agent does (agent/src/devices.rs): looks again for devices where the kernel found none.
 fn find_the_rest() -> io::Result<()> {
     let sys = "/devices";
@@ -49,6 +65,7 @@ fn find_the_rest() -> io::Result<()> {
 
 fn serve() -> io::Result<()> {
     let host = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    be_patient(host.as_raw_fd())?;
     connect(host.as_raw_fd(), &VsockAddr::new(HOST_CID, PORT))?;
     let mut host = fs::File::from(host);
     let uptime = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC)?;

@@ -37,6 +37,7 @@ pub mod fake;
 mod family;
 mod helper;
 mod machine;
+mod network;
 pub mod probe;
 pub mod qemu;
 pub mod share;

@@ -13,6 +13,8 @@ use std::{
 
 use tokio::io::{Interest, unix::AsyncFd};
 
+use crate::child::Network;
+
 /// Registers a descriptor with the runtime as a source of "can be read".
 pub(crate) fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an owned descriptor stays open, and stays the same, for as long as it is owned, and
@@ -51,12 +53,17 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Resul
 }
 
 /// Makes the child a leader of its own session, have it die with the thread that makes it, and
-/// inherit no descriptor but 0, 1, 2 and `keep` (which keep their numbers). With `own_network` it gets an
-/// empty network namespace. With `own_pids` it is the first of a pid namespace (see [`in_new_pids`]).
-pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>, own_network: bool, own_pids: bool) {
+/// inherit no descriptor but 0, 1, 2 and `keep` (which keep their numbers). It starts in `network`, which must
+/// stay open until then. With `own_pids` it is the first of a pid namespace (see [`in_new_pids`]).
+pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>, network: &Network, own_pids: bool) {
     // Out of a pid namespace the parent shows as 0, dead or alive: such a child must notice our death by
     // other means too (a socket that closes).
     let parent = if own_pids { 0 } else { std::process::id() as i32 };
+    let network = match network {
+        Network::Inherited => None,
+        Network::Own => Some(None),
+        Network::Of(fd) => Some(Some(fd.as_raw_fd())),
+    };
     let prepare = move || {
         // SAFETY (all calls): between fork and exec only async-signal-safe calls are allowed. These
         // are plain system calls on integers; `keep` was filled before the fork and is only read.
@@ -67,8 +74,10 @@ pub(crate) fn prepare(command: &mut Command, keep: Vec<RawFd>, own_network: bool
             if libc::getppid() != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
             }
-            if own_network {
-                check(libc::unshare(libc::CLONE_NEWNET).into())?;
+            match network {
+                None => {}
+                Some(None) => drop(check(libc::unshare(libc::CLONE_NEWNET).into())?),
+                Some(Some(fd)) => drop(check(libc::setns(fd, libc::CLONE_NEWNET).into())?),
             }
             // Marked, not closed: std reports a failed exec through a descriptor of its own.
             check(libc::syscall(

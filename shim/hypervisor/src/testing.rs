@@ -49,6 +49,7 @@ pub(crate) fn shape_and_bindings() -> (Shape, Bindings) {
         vsock: "/run/bulkhead/0123/vsock".into(),
         blocks: Vec::new(),
         nets: Vec::new(),
+        netns: None,
         run_dir: "/run/bulkhead/0123".into(),
     };
     (shape, bindings)

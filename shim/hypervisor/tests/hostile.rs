@@ -57,10 +57,9 @@ fn add_card(rig: &mut Rig) -> impl Fn() + use<> {
     }
 }
 
-/// A number of a process' or thread's status.
-fn status(process: &str, field: &str) -> u64 {
-    let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
-    let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':')).expect(field);
+/// A number in a thread's status.
+fn field(status: &str, name: &str) -> u64 {
+    let line = status.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')).expect(name);
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
@@ -85,13 +84,19 @@ fn own_memory(pid: i32) -> u64 {
 fn work(pid: i32) -> BTreeMap<String, (u64, u64)> {
     let mut all = BTreeMap::new();
     for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
-        let stat = fs::read_to_string(task.path().join("stat")).unwrap();
+        let thread = task.file_name().into_string().unwrap();
+        // The kernel's workers for an io_uring come and go; whose absence matters is asked for by name.
+        let gone = |e: std::io::Error| {
+            let missing = [Some(libc::ENOENT), Some(libc::ESRCH)].contains(&e.raw_os_error());
+            assert!(missing, "thread {thread}: {e}");
+        };
+        let read = |file: &str| fs::read_to_string(task.path().join(file)).map_err(gone);
+        let (Ok(stat), Ok(status)) = (read("stat"), read("status")) else { continue };
         let (name, rest) = stat.split_once('(').unwrap().1.rsplit_once(')').unwrap();
         let fields: Vec<&str> = rest.split_whitespace().collect();
         // utime and stime are fields 14 and 15 of the whole line (proc_pid_stat(5)).
         let used = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-        let thread = task.file_name().into_string().unwrap();
-        let slept = status(&format!("{pid}/task/{thread}"), "voluntary_ctxt_switches");
+        let slept = field(&status, "voluntary_ctxt_switches");
         if !name.starts_with("cpu") {
             all.insert(format!("{name} {thread}"), (used, slept));
         }

@@ -241,3 +241,16 @@ async fn processors_can_be_brought_online_later() {
     assert_eq!(guest.command("read /sys/devices/system/cpu/online").await.trim(), "0-1");
     machine.kill().await;
 }
+
+/// Ten processors, and with the devices more threads than the C library makes heaps for without asking the system.
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn many_processors() {
+    let mut rig = Rig::new();
+    (rig.shape.vcpus, rig.shape.max_vcpus) = (10, 10);
+    let (mut machine, mut guest) = boot(&rig).await;
+    guest.command("mount sysfs sysfs /sys").await;
+    assert_eq!(guest.command("read /sys/devices/system/cpu/online").await.trim(), "0-9");
+    machine.kill().await;
+    rig.assert_nothing_left();
+}

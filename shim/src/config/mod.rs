@@ -44,6 +44,8 @@ pub struct Config {
     pub hypervisor: Hypervisor,
     /// The size of a pod's machine.
     pub sandbox: Sandbox,
+    /// The network of a pod.
+    pub network: Network,
     /// How the shim speaks with the agent in the guest.
     pub agent: Agent,
     /// What a pod may change by annotation.
@@ -112,6 +114,14 @@ pub struct Sandbox {
     pub max_vcpus: u32,
 }
 
+/// The network of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// Network cards that a machine has for links that come after it was launched.
+    pub spare_cards: u32,
+}
+
 /// How the shim speaks with the agent in the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -138,6 +148,7 @@ impl Default for Config {
             trace_file: None,
             hypervisor: Hypervisor::default(),
             sandbox: Sandbox::default(),
+            network: Network::default(),
             agent: Agent::default(),
             annotations: Annotations::default(),
         }
@@ -163,6 +174,12 @@ impl Default for Hypervisor {
 impl Default for Sandbox {
     fn default() -> Self {
         Self { memory_mib: 1024, memory_reserve_mib: 128, vcpus: 1, max_vcpus: 0 }
+    }
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self { spare_cards: 1 }
     }
 }
 

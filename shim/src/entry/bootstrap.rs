@@ -8,23 +8,25 @@
 use std::io::{IsTerminal, Read};
 
 use containerd_shim::Flags;
-use containerd_shim_protos::{bootstrap_api::BootstrapParams, protobuf::Message};
+use containerd_shim_protos::{
+    bootstrap_api::BootstrapParams,
+    protobuf::{Message, well_known_types::any::Any},
+};
 
 /// More than any options have, in bytes.
 const MAX_INPUT: u64 = 4 << 20;
 
 /// What `start` is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Params {
     /// Address of containerd's ttrpc service for events.
     pub(super) ttrpc_address: String,
     /// Where the shim's socket is to lie; containerd's default if None.
     pub(super) socket_dir: Option<String>,
-    /// The version of the task API to announce.
-    ///
-    /// 3 where containerd names itself by the new protocol, else 2: containerd 1.7 refuses 3, cannot be told
-    /// from 2.0-2.2 by anything it passes, and those serve version 2 in full.
-    pub(super) version: u32,
+    /// containerd named itself by the new protocol.
+    pub(super) named: bool,
+    /// The runtime's options: with the sandbox API they come here and nowhere else.
+    pub(super) options: Option<Any>,
     /// Log more.
     pub(super) debug: bool,
 }
@@ -47,13 +49,20 @@ pub(super) fn parse(input: &[u8], flags: &Flags, env_address: Option<String>) ->
         Some(p) => Params {
             ttrpc_address: p.containerd_ttrpc_address.clone(),
             socket_dir: p.socket_dir.clone().filter(|d| !d.is_empty()),
-            version: 3,
+            named: true,
+            options: p
+                .extensions
+                .iter()
+                .filter_map(|e| e.value.as_ref())
+                .find(|any| is_options(any))
+                .cloned(),
             debug: flags.debug,
         },
         None => Params {
             ttrpc_address: env_address.unwrap_or_default(),
             socket_dir: None,
-            version: 2,
+            named: false,
+            options: Any::parse_from_bytes(input).ok().filter(is_options),
             debug: flags.debug,
         },
     };
@@ -65,6 +74,37 @@ pub(super) fn parse(input: &[u8], flags: &Flags, env_address: Option<String>) ->
     Ok(params)
 }
 
+/// The version of the task API to announce.
+///
+/// 3 where containerd names itself by the new protocol. Else 1.7, which refuses 3, cannot be told from 2.0-2.2
+/// by anything it passes, and those serve version 2 in full. But only these have the sandbox API, which needs
+/// version 3, and a bundle of that has no config.json (contract, S7).
+pub(super) fn version(params: &Params, has_config: bool) -> u32 {
+    if params.named || !has_config { 3 } else { 2 }
+}
+
+/// containerd's type for the options of any runtime that is not runc.
+fn is_options(any: &Any) -> bool {
+    any.type_url.ends_with("runtimeoptions.v1.Options")
+}
+
+/// Options as the text of an environment variable: hexadecimal digits.
+pub(super) fn options_to_env(options: &Any) -> String {
+    let bytes = options.write_to_bytes().unwrap_or_default();
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The reverse: type name and value.
+pub(super) fn options_from_env(text: Option<String>) -> Result<Option<(String, Vec<u8>)>, String> {
+    let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(None) };
+    let broken =
+        |why: String| format!("the runtime options that start has handed over cannot be read: {why}");
+    let digits = |at| text.get(at..at + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok());
+    let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(digits).collect();
+    let any = Any::parse_from_bytes(&bytes.ok_or_else(|| broken(text.clone()))?);
+    any.map(|any| Some((any.type_url, any.value))).map_err(|e| broken(e.to_string()))
+}
+
 /// The answer: JSON, which every containerd since 1.7 reads (contract, S3), without a newline.
 pub(super) fn answer(address: &str, version: u32) -> String {
     serde_json::json!({"version": version, "address": address, "protocol": "ttrpc"}).to_string()
@@ -72,8 +112,6 @@ pub(super) fn answer(address: &str, version: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use containerd_shim_protos::protobuf::well_known_types::any::Any;
-
     use super::*;
 
     fn flags() -> Flags {
@@ -90,7 +128,7 @@ mod tests {
             ..Default::default()
         };
         let params = parse(&message.write_to_bytes().unwrap(), &flags(), None).unwrap();
-        assert_eq!((params.version, params.ttrpc_address.as_str()), (3, "/run/c.ttrpc"));
+        assert_eq!((version(&params, true), params.ttrpc_address.as_str()), (3, "/run/c.ttrpc"));
         assert_eq!(params.socket_dir.as_deref(), Some("/run/s"));
     }
 
@@ -103,8 +141,13 @@ mod tests {
         };
         for input in [any.write_to_bytes().unwrap(), Vec::new()] {
             let params = parse(&input, &flags(), Some("/run/c.ttrpc".into())).unwrap();
-            assert_eq!((params.version, params.ttrpc_address.as_str()), (2, "/run/c.ttrpc"));
+            assert_eq!((version(&params, true), params.ttrpc_address.as_str()), (2, "/run/c.ttrpc"));
+            assert_eq!(version(&params, false), 3, "the sandbox API");
+            assert_eq!(params.options.is_some(), !input.is_empty());
         }
+        let handed_over = options_from_env(Some(options_to_env(&any))).unwrap();
+        assert_eq!(handed_over, Some((any.type_url, any.value)));
+        assert!(options_from_env(Some("0".into())).is_err());
         assert!(parse(&[], &flags(), None).unwrap_err().contains("TTRPC_ADDRESS"));
     }
 

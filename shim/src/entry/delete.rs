@@ -20,7 +20,12 @@ use containerd_shim_protos::{
 };
 
 use super::check_flags;
-use crate::{config::Config, error::chain, ledger, sandbox::host::sandbox_dir};
+use crate::{
+    config::Config,
+    error::chain,
+    ledger,
+    sandbox::host::{POD_DELETED, sandbox_dir},
+};
 
 /// How long a connection that nobody accepts may take to be cut. A served one is silent for as long.
 const CUT: Duration = Duration::from_millis(500);
@@ -39,14 +44,16 @@ pub(super) fn delete(flags: &Flags) -> Result<(), String> {
     let config = Config::load(None).unwrap_or_default();
     let dir = sandbox_dir(&config.state_dir, &flags.namespace, &flags.id);
     let mut left = Vec::new();
-    if let Err(error) = ledger::release_left_behind(&dir) {
-        left.push(chain(&error));
-    }
-    // Made before its ledger, so it may be there without one.
-    if let Err(error) = std::fs::remove_dir(&dir)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        left.push(format!("{}: {error}", dir.display()));
+    if !ends_by_itself(&dir, &bundle, flags) {
+        if let Err(error) = ledger::release_left_behind(&dir) {
+            left.push(chain(&error));
+        }
+        // Made before its ledger, so it may be there without one.
+        if let Err(error) = std::fs::remove_dir(&dir)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            left.push(format!("{}: {error}", dir.display()));
+        }
     }
     remove_stale_sockets(&bundle, flags);
     if let Err(error) = ledger::unmount(&bundle.join("rootfs")) {
@@ -66,19 +73,29 @@ pub(super) fn delete(flags: &Flags) -> Result<(), String> {
     stdout.write_all(&bytes).and_then(|()| stdout.flush()).map_err(|e| format!("answer: {e}"))
 }
 
+/// Whether the sandbox is a pod that was deleted in order while containers of it remained: its shim, which is
+/// still there, ends with the last of them.
+fn ends_by_itself(dir: &Path, bundle: &Path, flags: &Flags) -> bool {
+    dir.join(POD_DELETED).exists() && sockets(bundle, flags).any(|path| is_served(&path))
+}
+
 /// Removes the socket unless somebody serves it, as a pod's shim does for a container of the pod.
-///
-/// The bundle says where it is, but containerd may have removed the bundle already: when it comes back
-/// from a crash it does so while this runs. Then it is where `start` puts it without being told otherwise.
 fn remove_stale_sockets(bundle: &Path, flags: &Flags) {
-    let told = std::fs::read_to_string(bundle.join("address")).ok();
-    let usual = containerd_shim::socket_address(&flags.address, &flags.namespace, &flags.id);
-    for address in told.into_iter().chain([usual]) {
-        let path = PathBuf::from(address.trim().trim_start_matches("unix://"));
+    for path in sockets(bundle, flags) {
         if !is_served(&path) {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// Where the sandbox's socket can be.
+///
+/// The bundle says where it is, but containerd may have removed the bundle already: when it comes back
+/// from a crash it does so while this runs. Then it is where `start` puts it without being told otherwise.
+fn sockets(bundle: &Path, flags: &Flags) -> impl Iterator<Item = PathBuf> {
+    let told = std::fs::read_to_string(bundle.join("address")).ok();
+    let usual = containerd_shim::socket_address(&flags.address, &flags.namespace, &flags.id);
+    told.into_iter().chain([usual]).map(|address| PathBuf::from(address.trim().trim_start_matches("unix://")))
 }
 
 /// Whether somebody serves the socket. A child that a killed shim was about to start holds a copy of the

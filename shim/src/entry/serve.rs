@@ -10,6 +10,7 @@ use std::{
 
 use containerd_shim::Flags;
 use containerd_shim_protos::{
+    sandbox_async::create_sandbox,
     shim_async::create_task,
     ttrpc::r#async::{Server, transport::Listener},
 };
@@ -21,7 +22,7 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
-use super::abandoned;
+use super::{abandoned, bootstrap};
 use crate::{
     config::Config,
     error::{Fault, chain},
@@ -31,6 +32,7 @@ use crate::{
         host::{Host, Identity},
         model::Request,
     },
+    sandbox_api::SandboxService,
     task::TaskService,
     trace,
 };
@@ -39,6 +41,9 @@ use crate::{
 pub(super) const LISTENER_FD: i32 = 3;
 /// When `start` began, in nanoseconds since the epoch: for timelines.
 pub(super) const STARTED_ENV: &str = "BULKHEAD_STARTED_UNIX_NANOS";
+
+/// The runtime options that came with `start`, as [`bootstrap::options_to_env`] writes them.
+pub(super) const OPTIONS_ENV: &str = "BULKHEAD_RUNTIME_OPTIONS";
 
 /// Task service names; their messages are the same (contract, T1).
 const SERVICE_V3: &str = "containerd.task.v3.Task";
@@ -85,11 +90,14 @@ async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> R
         trace::append(path, "start", SystemTime::UNIX_EPOCH + Duration::from_nanos(began), SystemTime::now());
     }
     let host = Host::new(identity, config, loaded.err(), own.clone()).map_err(|e: Fault| e.to_string())?;
+    let options = bootstrap::options_from_env(std::env::var(OPTIONS_ENV).ok())?;
+    let host = host.with_options(options);
     let (driver, handle) = Driver::new(Arc::new(host), publisher, inputs, own);
 
     let mut services = create_task(Arc::new(TaskService::new(handle.clone())));
     let v2 = create_task(Arc::new(TaskService::new(handle.clone()))).remove(SERVICE_V3);
     services.extend(v2.map(|service| (SERVICE_V2.to_owned(), service)));
+    services.extend(create_sandbox(Arc::new(SandboxService::new(handle.clone()))));
     let mut server = Server::new().register_service(services).add_listener(same_user_only(listener));
     server.start().await.map_err(|e| format!("serve: {e}"))?;
     info!(id = flags.id, namespace = flags.namespace, "serving");

@@ -32,6 +32,7 @@ pub(super) fn start(flags: &Flags) -> Result<(), String> {
     let input = bootstrap::read_input()?;
     let params = bootstrap::parse(&input, flags, std::env::var("TTRPC_ADDRESS").ok())?;
     let group = group_of(Path::new("config.json"), &flags.id)?;
+    let version = bootstrap::version(&params, Path::new("config.json").exists());
     let address = match &params.socket_dir {
         Some(dir) => format!("unix://{}/{}", dir.trim_end_matches('/'), socket_name(flags, &group)),
         None => containerd_shim::socket_address(&flags.address, &flags.namespace, &group),
@@ -43,7 +44,7 @@ pub(super) fn start(flags: &Flags) -> Result<(), String> {
     }
     write_address(&address)?;
     let mut stdout = io::stdout();
-    let answer = bootstrap::answer(&address, params.version);
+    let answer = bootstrap::answer(&address, version);
     stdout.write_all(answer.as_bytes()).and_then(|()| stdout.flush()).map_err(|e| format!("answer: {e}"))
 }
 
@@ -124,6 +125,7 @@ fn launch(
         .arg(socket)
         .env("TTRPC_ADDRESS", &params.ttrpc_address)
         .env(serve::STARTED_ENV, unix_nanos(started).to_string())
+        .envs(params.options.as_ref().map(|any| (serve::OPTIONS_ENV, bootstrap::options_to_env(any))))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

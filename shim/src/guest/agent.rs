@@ -2,6 +2,7 @@
 //! Knows the agent's protocol; what a container is for is the callers' business.
 
 use std::{
+    collections::HashMap,
     io,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
@@ -112,8 +113,13 @@ impl Agent {
         stream.map(GuestEvents).map_err(from_guest)
     }
 
-    /// Makes the guest a sandbox.
-    pub async fn configure(&self, hostname: &str) -> Result<agent::ConfigureResponse, Fault> {
+    /// Makes the guest a sandbox with this name, these sysctls and this network.
+    pub async fn configure(
+        &self,
+        hostname: &str,
+        sysctls: HashMap<String, String>,
+        network: agent::Network,
+    ) -> Result<agent::ConfigureResponse, Fault> {
         let mut seed = vec![0; 64];
         getrandom::fill(&mut seed)
             .map_err(|e| Fault::internal("draw a seed for the guest", &io::Error::other(e)))?;
@@ -123,9 +129,16 @@ impl Agent {
             time_unix_nanos: now.as_nanos() as u64,
             seed,
             share_tag: SHARE_TAG.to_owned(),
+            sysctls,
+            network: Some(network).into(),
             ..Default::default()
         };
         self.call(self.client.configure(self.context(), &request)).await
+    }
+
+    /// Makes the pod's network what it is to be.
+    pub async fn set_network(&self, network: &agent::Network) -> Result<(), Fault> {
+        self.call(self.client.set_network(self.context(), network)).await.map(drop)
     }
 
     /// Creates a container up to its command.
@@ -136,10 +149,12 @@ impl Agent {
         io: &Io,
         tokens: Tokens,
         size: Option<(u32, u32)>,
+        disks: Vec<agent::Disk>,
     ) -> Result<(), Fault> {
         let request = agent::CreateContainerRequest {
             container_id: id.to_string(),
             spec,
+            disks,
             stdio: Some(stdio(io, tokens, size)).into(),
             ..Default::default()
         };
@@ -215,9 +230,26 @@ impl Agent {
         self.call(self.client.stats(self.context(), &container(id))).await
     }
 
+    /// The same of all containers together.
+    pub async fn pod_stats(&self) -> Result<agent::StatsResponse, Fault> {
+        self.call(self.client.stats(self.context(), &agent::ContainerRequest::new())).await
+    }
+
     /// The container's processes.
     pub async fn pids(&self, id: &ContainerId) -> Result<agent::PidsResponse, Fault> {
         self.call(self.client.pids(self.context(), &container(id))).await
+    }
+
+    /// Connects two streams, to the guest and from it, to a port of the pod's `localhost`.
+    pub async fn forward(&self, port: u16, ipv6_first: bool, tokens: [Token; 2]) -> Result<(), Fault> {
+        let request = agent::ForwardRequest {
+            port: port.into(),
+            ipv6_first,
+            in_token: tokens[0].0.to_vec(),
+            out_token: tokens[1].0.to_vec(),
+            ..Default::default()
+        };
+        self.call(self.client.forward(self.context(), &request)).await.map(drop)
     }
 
     /// Removes a stopped container.

@@ -3,13 +3,18 @@
 
 mod devices;
 mod mounts;
+mod pod;
+mod role;
 mod sizing;
 mod spec;
 
+pub use devices::Disk;
 pub use mounts::Bind;
+pub use pod::{Dns, PodConfig};
+pub use role::{Role, role};
 pub use sizing::Sizing;
 
-use std::path::PathBuf;
+use std::{collections::HashMap, path::PathBuf};
 
 use oci_spec::runtime::{Hook, Spec};
 
@@ -40,6 +45,8 @@ pub struct HostHooks {
 /// All that is to be made for one container.
 #[derive(Clone, Debug)]
 pub struct ContainerPlan {
+    /// What it is to its pod.
+    pub role: Role,
     /// The spec for the guest, its paths those of the guest.
     pub guest_spec: Spec,
     /// The spec's own path of the root: what is run if containerd mounts nothing (`ctr run --rootfs`).
@@ -49,6 +56,10 @@ pub struct ContainerPlan {
     pub root_read_only: bool,
     /// What of the host is shared with the guest besides the root.
     pub binds: Vec<Bind>,
+    /// Block devices of the host that it is to have.
+    pub disks: Vec<Disk>,
+    /// The network namespace of the host that it is to be in, if it names one.
+    pub network: Option<PathBuf>,
     /// Hooks for the host.
     pub hooks: HostHooks,
     /// First size of the terminal, in characters: width, height.
@@ -57,21 +68,65 @@ pub struct ContainerPlan {
 
 /// Plans one container.
 pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Fault> {
-    spec::check(&spec)?;
+    let role = role(&spec);
+    spec::check(&spec, role)?;
     let root_path = spec.root().as_ref().map_or_else(PathBuf::new, |r| r.path().clone());
     let root_read_only = spec.root().as_ref().is_some_and(|r| r.readonly().unwrap_or(false));
-    let privileged = devices::is_privileged(&spec);
-    devices::translate(&mut spec, privileged)?;
-    let binds = mounts::translate(&mut spec, id)?;
+    let network = spec::network(&spec);
     let hooks = spec::take_host_hooks(&mut spec)?;
-    spec::move_into_guest(&mut spec, id);
+    let (mut binds, mut disks) = (Vec::new(), Vec::new());
+    // Of a sandbox nothing but its hooks is made: there is no process that would see the rest.
+    if role != Role::Sandbox {
+        let privileged = devices::is_privileged(&spec);
+        disks = devices::disks(&spec);
+        devices::translate(&mut spec, privileged)?;
+        binds = mounts::translate(&mut spec, id, role)?;
+        spec::move_into_guest(&mut spec, id);
+    }
+    if role == Role::Member {
+        role::join_pod(&mut spec);
+    }
     let console = spec::console_size(&spec);
-    Ok(ContainerPlan { guest_spec: spec, root_path, root_read_only, binds, hooks, console })
+    Ok(ContainerPlan {
+        role,
+        guest_spec: spec,
+        root_path,
+        root_read_only,
+        binds,
+        disks,
+        network,
+        hooks,
+        console,
+    })
+}
+
+/// Sysctls for the pod's own namespaces. Those of a single container go to it alone.
+pub fn pod_sysctls(spec: &Spec) -> HashMap<String, String> {
+    match role(spec) {
+        Role::Sandbox => spec::pod_sysctls(spec),
+        Role::Alone | Role::Member => HashMap::new(),
+    }
 }
 
 /// The size of the machine for a sandbox whose first container has `spec`.
 pub fn machine(config: &Config, spec: &Spec, facts: &HostFacts) -> Result<Sizing, Fault> {
     sizing::size(config, spec, facts)
+}
+
+/// The network namespace of a sandbox whose first container has `spec`; without one the sandbox has its own.
+pub fn network(spec: &Spec) -> Option<PathBuf> {
+    spec::network(spec)
+}
+
+/// The block devices of a sandbox whose first container has `spec`.
+pub fn disks(spec: &Spec) -> Vec<Disk> {
+    devices::disks(spec)
+}
+
+/// The size of the machine for a pod that the sandbox API makes; what it cannot have is refused.
+pub fn pod(config: &Config, pod: &PodConfig, facts: &HostFacts) -> Result<Sizing, Fault> {
+    pod.check()?;
+    Ok(sizing::of_pod(config, pod, facts))
 }
 
 /// A refusal of something that a machine of its own cannot give.

@@ -1,12 +1,12 @@
 //! Which of a spec's mounts the guest makes by itself, and which need something of the host.
 //! Knows mounts only by their words; looks at no file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use bulkhead_proto::SHARE_DIR;
-use oci_spec::runtime::Spec;
+use bulkhead_proto::{SHARE_DIR, SHM_DIR};
+use oci_spec::runtime::{Mount, Spec};
 
-use super::refused;
+use super::{ContainerPlan, Role, refused};
 use crate::{
     error::{Fault, Kind},
     ids::ContainerId,
@@ -31,7 +31,7 @@ pub struct Bind {
 }
 
 /// Gives every bind mount of the spec a place in the share and answers what must be put there.
-pub(super) fn translate(spec: &mut Spec, id: &ContainerId) -> Result<Vec<Bind>, Fault> {
+pub(super) fn translate(spec: &mut Spec, id: &ContainerId, role: Role) -> Result<Vec<Bind>, Fault> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     let mut binds = Vec::new();
     for mount in &mut mounts {
@@ -42,6 +42,10 @@ pub(super) fn translate(spec: &mut Spec, id: &ContainerId) -> Result<Vec<Bind>, 
         if has("shared") || has("rshared") {
             let what = format!("bidirectional mount propagation at {}", destination.display());
             return Err(refused(what, "mounts do not travel from a guest to the host"));
+        }
+        if role == Role::Member && is_shm(mount) {
+            share_shm(mount);
+            continue;
         }
         if !(kind == "bind" || has("bind") || has("rbind")) {
             if !GUEST_KINDS.contains(&kind.as_str()) {
@@ -69,4 +73,40 @@ pub(super) fn translate(spec: &mut Spec, id: &ContainerId) -> Result<Vec<Bind>, 
     }
     spec.set_mounts(Some(mounts));
     Ok(binds)
+}
+
+impl ContainerPlan {
+    /// Shows a file of the host at `destination`, unless the spec has something there; as writable as the root.
+    pub fn add_file(&mut self, id: &ContainerId, source: PathBuf, destination: &str) {
+        let mut mounts = self.guest_spec.mounts().clone().unwrap_or_default();
+        if mounts.iter().any(|mount| mount.destination() == Path::new(destination)) {
+            return;
+        }
+        let slot = self.binds.len();
+        let read_only = self.root_read_only;
+        let mut options = vec!["rbind".to_owned(), "rprivate".to_owned()];
+        options.push(if read_only { "ro" } else { "rw" }.to_owned());
+        let mut mount = Mount::default();
+        mount
+            .set_destination(destination.into())
+            .set_typ(Some("bind".into()))
+            .set_source(Some(format!("{SHARE_DIR}/{id}/mounts/{slot}").into()))
+            .set_options(Some(options));
+        mounts.push(mount);
+        self.guest_spec.set_mounts(Some(mounts));
+        self.binds.push(Bind { slot, source, destination: destination.into(), recursive: true, read_only });
+    }
+}
+
+/// The /dev/shm that containerd means for the whole pod: what its CRI has made on the host, or, where that is
+/// the sandbox's affair, the one that every spec has. A volume that a user mounts there is something else.
+fn is_shm(mount: &Mount) -> bool {
+    let of_the_pod = mount.source().as_ref().is_some_and(|source| source.ends_with("shm"));
+    mount.destination() == Path::new("/dev/shm") && of_the_pod
+}
+
+/// What containers of a pod share in memory is the guest's memory.
+fn share_shm(mount: &mut Mount) {
+    let options = ["rbind", "nosuid", "noexec", "nodev", "rw"].map(str::to_owned);
+    mount.set_typ(Some("bind".into())).set_source(Some(SHM_DIR.into())).set_options(Some(options.to_vec()));
 }

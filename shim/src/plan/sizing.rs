@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use bulkhead_vmm_spec::SizeMib;
 use oci_spec::runtime::Spec;
 
-use super::HostFacts;
+use super::{HostFacts, PodConfig};
 use crate::{
     config::Config,
     error::{Fault, Kind},
@@ -26,20 +26,31 @@ pub struct Sizing {
     pub memory: SizeMib,
 }
 
-/// The guest's own reserve comes on top of the workload's limit, never out of it.
+/// The size for a sandbox whose first container has `spec`.
 pub(super) fn size(config: &Config, spec: &Spec, facts: &HostFacts) -> Result<Sizing, Fault> {
     let none = HashMap::new();
     let annotations = spec.annotations().as_ref().unwrap_or(&none);
-    let limit = number(annotations, POD_MEMORY)?.or_else(|| memory_limit(spec)).filter(|&bytes| bytes > 0);
-    let workload = limit.map_or(SizeMib(config.sandbox.memory_mib), |bytes| SizeMib::holding(bytes as u64));
-    // Whole 2 MiB pages, so that the host can back all of it with them.
-    let memory = SizeMib((workload.0 + config.sandbox.memory_reserve_mib).next_multiple_of(2));
-
+    let memory = number(annotations, POD_MEMORY)?.or_else(|| memory_limit(spec));
     let pod_cpus = match (number(annotations, POD_QUOTA)?, number(annotations, POD_PERIOD)?) {
         (Some(quota), Some(period)) if quota > 0 && period > 0 => Some((quota, period)),
         _ => None,
     };
-    let wanted = match pod_cpus.or_else(|| cpu_limit(spec)) {
+    Ok(fit(config, memory, pod_cpus.or_else(|| cpu_limit(spec)), facts))
+}
+
+/// The size for a pod that states the sums over its containers.
+pub(super) fn of_pod(config: &Config, pod: &PodConfig, facts: &HostFacts) -> Sizing {
+    let cpus = (pod.cpu_quota > 0 && pod.cpu_period > 0).then_some((pod.cpu_quota, pod.cpu_period));
+    fit(config, Some(pod.memory_limit), cpus, facts)
+}
+
+/// The guest's own reserve comes on top of the workload's limit, never out of it.
+fn fit(config: &Config, memory: Option<i64>, cpus: Option<(i64, i64)>, facts: &HostFacts) -> Sizing {
+    let limit = memory.filter(|&bytes| bytes > 0);
+    let workload = limit.map_or(SizeMib(config.sandbox.memory_mib), |bytes| SizeMib::holding(bytes as u64));
+    // Whole 2 MiB pages, so that the host can back all of it with them.
+    let memory = SizeMib((workload.0 + config.sandbox.memory_reserve_mib).next_multiple_of(2));
+    let wanted = match cpus {
         Some((quota, period)) => quota.unsigned_abs().div_ceil(period.unsigned_abs()) as u32,
         None => config.sandbox.vcpus,
     };
@@ -47,7 +58,7 @@ pub(super) fn size(config: &Config, spec: &Spec, facts: &HostFacts) -> Result<Si
         0 => facts.cpus,
         max => max.min(facts.cpus),
     };
-    Ok(Sizing { vcpus: wanted.clamp(1, most.max(1)), memory })
+    Sizing { vcpus: wanted.clamp(1, most.max(1)), memory }
 }
 
 fn memory_limit(spec: &Spec) -> Option<i64> {

@@ -1,17 +1,21 @@
 //! What of an OCI spec can be honoured in a machine of its own, and how its paths read there.
 //! Knows neither mounts nor devices; those have rooms of their own.
 
+use std::{collections::HashMap, path::PathBuf};
+
 use bulkhead_proto::SHARE_DIR;
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 
-use super::{HostHooks, refused};
+use super::{HostHooks, Role, refused, role};
 use crate::{
     error::{Fault, Kind},
     ids::ContainerId,
 };
 
+const NETWORK: LinuxNamespaceType = LinuxNamespaceType::Network;
+
 /// Refuses by name what cannot be honoured; nothing is ignored.
-pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
+pub(super) fn check(spec: &Spec, role: Role) -> Result<(), Fault> {
     let missing = |what| Fault::new(Kind::InvalidArgument, format!("config.json has no {what}"));
     let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
     if process.args().as_ref().is_none_or(Vec::is_empty) {
@@ -20,26 +24,7 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
     spec.root().as_ref().ok_or_else(|| missing("root"))?;
     let linux = spec.linux().as_ref().ok_or_else(|| missing("linux section"))?;
 
-    let namespaces = linux.namespaces().clone().unwrap_or_default();
-    let has = |kind| namespaces.iter().any(|n| n.typ() == kind);
-    for (kind, name) in [
-        (LinuxNamespaceType::Network, "network"),
-        (LinuxNamespaceType::Pid, "pid"),
-        (LinuxNamespaceType::Ipc, "ipc"),
-        (LinuxNamespaceType::Uts, "uts"),
-        (LinuxNamespaceType::Mount, "mount"),
-    ] {
-        if !has(kind) {
-            let what = format!("the host's {name} namespace (host{})", title(name));
-            return Err(refused(what, "the container runs in a virtual machine with namespaces of its own"));
-        }
-    }
-    for namespace in &namespaces {
-        if let Some(path) = namespace.path() {
-            let what = format!("joining the {} namespace {}", namespace.typ(), path.display());
-            return Err(refused(what, "a namespace of the host cannot be entered from a virtual machine"));
-        }
-    }
+    role::check(spec, role)?;
     if let Some(mode) = linux.rootfs_propagation()
         && mode.contains("shared")
     {
@@ -55,6 +40,13 @@ pub(super) fn check(spec: &Spec) -> Result<(), Fault> {
         return Err(refused("linux.mountLabel", "the guest does not enforce SELinux"));
     }
     Ok(())
+}
+
+/// The network namespace of the host that the pod's links are in, if the spec names one.
+pub(super) fn network(spec: &Spec) -> Option<PathBuf> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    let path = namespaces.iter().find(|n| n.typ() == NETWORK)?.path().as_ref()?;
+    Some(path.clone()).filter(|path| !path.as_os_str().is_empty())
 }
 
 /// Takes the hooks of the runtime's namespace out of the spec.
@@ -90,6 +82,10 @@ pub(super) fn move_into_guest(spec: &mut Spec, id: &ContainerId) {
     if let Some(linux) = spec.linux_mut() {
         // containerd leaves the cgroup namespace out where the host has cgroup v1; the guest has v2.
         let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        for namespace in namespaces.iter_mut().filter(|n| n.typ() == NETWORK) {
+            // The guest has one for the pod.
+            namespace.set_path(None);
+        }
         if !namespaces.iter().any(|n| n.typ() == LinuxNamespaceType::Cgroup) {
             let namespace = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Cgroup).build();
             namespaces.push(namespace.expect("a namespace needs only its type"));
@@ -98,18 +94,14 @@ pub(super) fn move_into_guest(spec: &mut Spec, id: &ContainerId) {
     }
 }
 
+/// Sysctls of the pod: what the container that stands for it asks for.
+pub(super) fn pod_sysctls(spec: &Spec) -> HashMap<String, String> {
+    spec.linux().as_ref().and_then(|linux| linux.sysctl().clone()).unwrap_or_default()
+}
+
 /// First size of the terminal: width, height.
 pub(super) fn console_size(spec: &Spec) -> Option<(u32, u32)> {
     let size = spec.process().as_ref()?.console_size()?;
     let (width, height) = (u32::try_from(size.width()).ok()?, u32::try_from(size.height()).ok()?);
     (width > 0 && height > 0).then_some((width, height))
-}
-
-/// As Kubernetes spells it: hostPID, hostIPC, hostNetwork.
-fn title(name: &str) -> String {
-    match name {
-        "network" => "Network".into(),
-        "mount" => "Mount".into(),
-        other => other.to_uppercase(),
-    }
 }

@@ -82,7 +82,7 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
     assert!(refusal(without("pid")).contains("hostPID"));
     assert!(refusal(without("ipc")).contains("hostIPC"));
     assert!(
-        refusal(|s| s["linux"]["namespaces"][4]["path"] = json!("/proc/1/ns/net")).contains("/proc/1/ns/net")
+        refusal(|s| s["linux"]["namespaces"][1]["path"] = json!("/proc/1/ns/ipc")).contains("/proc/1/ns/ipc")
     );
     assert!(refusal(|s| s["linux"]["rootfsPropagation"] = json!("rshared")).contains("rootfsPropagation"));
     assert!(refusal(|s| s["mounts"][0]["type"] = json!("nfs")).contains("nfs"));
@@ -91,14 +91,35 @@ fn what_a_machine_cannot_give_is_refused_by_name() {
             json!({"destination": "/m", "type": "bind", "source": "/", "options": ["rbind", "rshared"]}))
         .contains("/m")
     );
-    let device = |kind: &'static str| {
-        move |s: &mut Value| {
-            s["linux"]["devices"] = json!([{"path": "/dev/x", "type": kind, "major": 8, "minor": 0}]);
-        }
+    let device = |s: &mut Value| {
+        s["linux"]["devices"] = json!([{"path": "/dev/x", "type": "c", "major": 8, "minor": 0}]);
     };
-    assert!(refusal(device("b")).contains("block 8:0"));
-    assert!(refusal(device("c")).contains("/dev/x"));
+    assert!(refusal(device).contains("/dev/x (character 8:0)"));
     assert!(refusal(|s| s["hooks"] = json!({"createContainer": [{"path": "/hook"}]})).contains("/hook"));
+}
+
+#[test]
+fn block_devices_are_disks_and_writable_if_a_rule_says_so() {
+    let disk = |access: &'static str| {
+        let plan = container(
+            &id(),
+            spec(|s| {
+                s["linux"]["devices"] = json!([{"path": "/dev/x", "type": "b", "major": 8, "minor": 1}]);
+                s["linux"]["resources"] = json!({"devices": [
+                    {"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "b", "major": 8, "minor": 1, "access": access},
+                    {"allow": true, "type": "b", "major": 8, "minor": 2, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 8, "minor": 1, "access": "rwm"},
+                ]});
+            }),
+        )
+        .unwrap();
+        assert_eq!(plan.guest_spec.linux().as_ref().unwrap().devices().as_ref().unwrap().len(), 1);
+        plan.disks.into_iter().next().unwrap()
+    };
+    let wanted = Disk { major: 8, minor: 1, path: "/dev/x".into(), read_only: false };
+    assert_eq!(disk("rwm"), wanted);
+    assert_eq!(disk("rm"), Disk { read_only: true, ..wanted });
 }
 
 #[test]

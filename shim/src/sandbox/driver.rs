@@ -51,7 +51,7 @@ pub struct Driver {
     own: mpsc::UnboundedSender<Input>,
     answers: HashMap<Ticket, Answer>,
     last_ticket: u64,
-    written: Vec<Summary>,
+    written: (Vec<Summary>, Option<MachineFacts>),
     created: SystemTime,
 }
 
@@ -73,7 +73,7 @@ impl Driver {
             own,
             answers: HashMap::new(),
             last_ticket: 0,
-            written: Vec::new(),
+            written: (Vec::new(), None),
             created: SystemTime::now(),
         };
         (driver, Handle { requests: send })
@@ -135,14 +135,14 @@ impl Driver {
 
     /// Keeps `state.json` true for `bulkhead ps`.
     fn tell_state(&mut self) {
-        let summary = self.sandbox.summary();
-        if summary == self.written {
+        let now = (self.sandbox.summary(), self.host.machine());
+        if now == self.written {
             return;
         }
-        if let Err(error) = write_state(&self.host, &summary, self.created) {
+        if let Err(error) = write_state(&self.host, &now.0, self.created) {
             warn!(%error, "state.json is out of date");
         }
-        self.written = summary;
+        self.written = now;
     }
 }
 

@@ -15,14 +15,18 @@ use bulkhead_hypervisor::{
     probe::{self, Acceleration},
     qemu::{Qemu, QemuConfig},
 };
-use bulkhead_proto::{CONTROL_PORT, SHARE_TAG, STREAM_PORT, agent::event::Kind as GuestEvent, stream::Token};
+use bulkhead_proto::{
+    CONTROL_PORT, SHARE_TAG, STREAM_PORT,
+    agent::{Network, event::Kind as GuestEvent},
+    stream::Token,
+};
 use bulkhead_vmm_spec::{Bindings, Shape};
 use oci_spec::runtime::Spec;
 use protobuf::well_known_types::any::Any;
 use tokio::sync::mpsc;
 use tracing::{Instrument, debug, error, info_span, warn};
 
-use super::{hooks, machine::Running, model::*};
+use super::{forward, hooks, machine::Running, model::*, network::PodNetwork};
 use crate::{
     cgroup,
     config::{Backend, Config},
@@ -30,10 +34,10 @@ use crate::{
     guest::{self, Agent, GuestEvents},
     ids::{ContainerId, ProcessKey},
     ledger::{Entry, Ledger},
-    plan::{self, ContainerPlan, HostFacts, Sizing},
+    plan::{self, ContainerPlan, Disk, HostFacts, Role, Sizing},
     process,
     stdio::{Hub, LoggerContext},
-    storage::Share,
+    storage::{Disks, PodFiles, Share},
     trace,
 };
 
@@ -56,7 +60,7 @@ pub struct Identity {
 }
 
 /// What `bulkhead ps` wants to know of a machine.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct MachineFacts {
     /// The VMM's process.
     pub vmm_pid: i32,
@@ -66,6 +70,23 @@ pub struct MachineFacts {
     pub memory_mib: u64,
     /// Processors.
     pub vcpus: u32,
+}
+
+/// What machine a sandbox is to have.
+#[derive(Clone)]
+struct Wanted {
+    config: Config,
+    sizing: Sizing,
+    /// Where on the host it is to be counted, as an OCI spec says it.
+    cgroup: Option<String>,
+    /// Empty for the host's.
+    hostname: String,
+    /// Of the pod's own namespaces.
+    sysctls: HashMap<String, String>,
+    /// The network namespace of the host that its links are in; its own if none.
+    netns: Option<PathBuf>,
+    /// Block devices of the host that it is to have.
+    disks: Vec<Disk>,
 }
 
 struct Ready {
@@ -92,7 +113,13 @@ pub struct Host {
     ledger: Arc<Mutex<Option<Ledger>>>,
     ready: Mutex<Option<Ready>>,
     prepared: Mutex<HashMap<ContainerId, Prepared>>,
+    /// The pod of the sandbox API, once it is planned.
+    pod: Mutex<Option<Wanted>>,
+    /// Runtime options that came with `start`: type name and protobuf value.
+    options: Option<(String, Vec<u8>)>,
     cgroup: Mutex<Option<String>>,
+    disks: Mutex<Disks>,
+    network: Mutex<Option<Arc<PodNetwork>>>,
 }
 
 /// Records processes in the ledger and counts them to the sandbox.
@@ -167,8 +194,18 @@ impl Host {
             ledger: Arc::new(Mutex::new(Some(ledger))),
             ready: Mutex::default(),
             prepared: Mutex::default(),
+            pod: Mutex::default(),
+            options: None,
             cgroup: Mutex::default(),
+            disks: Mutex::default(),
+            network: Mutex::default(),
         })
+    }
+
+    /// With the runtime options that came with `start`, for a pod of the sandbox API.
+    pub fn with_options(mut self, options: Option<(String, Vec<u8>)>) -> Self {
+        self.options = options;
+        self
     }
 
     /// The sandbox's directory.
@@ -203,6 +240,12 @@ impl Host {
     pub async fn run(self: Arc<Self>, job: Job) -> Done {
         match job {
             Job::Boot(request) => Done::Boot(self.boot(&request).await),
+            Job::PlanPod(create) => Done::PlanPod(info_span!("plan").in_scope(|| self.plan_pod(&create))),
+            Job::BootPod => Done::Boot(self.boot_pod().await),
+            Job::Halt => {
+                self.halt().await;
+                Done::Halt
+            }
             Job::Prepare(request) => {
                 let id = request.id.clone();
                 Done::Prepare(id, self.prepare(*request).instrument(info_span!("prepare")).await)
@@ -238,10 +281,22 @@ impl Host {
             .ok_or_else(|| Fault::new(Kind::Unavailable, "the sandbox has no running machine"))
     }
 
+    /// The machine of the sandbox's first container.
     async fn boot(&self, request: &CreateRequest) -> Result<i32, Fault> {
-        let (config, sizing, spec) = info_span!("plan").in_scope(|| self.plan_machine(request))?;
+        let wanted = info_span!("plan").in_scope(|| self.plan_machine(request))?;
+        self.launch(wanted).await
+    }
+
+    /// The machine of the pod that was planned.
+    async fn boot_pod(&self) -> Result<i32, Fault> {
+        let planned = lock(&self.pod).clone();
+        let wanted = planned.ok_or_else(|| Fault::new(Kind::Internal, "the pod is not planned"))?;
+        self.launch(wanted).await
+    }
+
+    async fn launch(&self, wanted: Wanted) -> Result<i32, Fault> {
         let acquire = info_span!("acquire").entered();
-        let path = cgroup::path_for(cgroups_path(&spec), &self.identity.namespace, &self.identity.id);
+        let path = cgroup::path_for(wanted.cgroup.as_deref(), &self.identity.namespace, &self.identity.id);
         let cgroup = self.make_cgroup(&path);
         let share = self.dir.join("share");
         std::fs::create_dir_all(&share)
@@ -251,10 +306,16 @@ impl Host {
         let streams = guest::listen(&vsock, STREAM_PORT).map_err(|e| Fault::of(Kind::Internal, &e))?;
         tokio::spawn(self.hub.clone().serve(streams));
         drop(acquire);
+        let (path, spare) = (wanted.netns.clone(), wanted.config.network.spare_cards);
+        let network =
+            blocking("look at the pod's network", move || PodNetwork::acquire(path.as_deref(), spare));
+        let network = Arc::new(network.instrument(info_span!("network")).await?);
+        *lock(&self.network) = Some(network.clone());
 
+        let Wanted { config, sizing, .. } = &wanted;
         let guest_files = config.resolve_guest().map_err(config_fault)?;
-        let hypervisor = choose(&config)?;
-        let shape = Shape {
+        let hypervisor = choose(config)?;
+        let mut shape = Shape {
             vcpus: sizing.vcpus,
             max_vcpus: sizing.vcpus,
             memory: sizing.memory,
@@ -265,15 +326,20 @@ impl Host {
             nets: Vec::new(),
             spare_slots: 0,
         };
-        let bindings = Bindings {
+        let mut bindings = Bindings {
             kernel: guest_files.kernel,
             initrd: guest_files.image,
             share: Some(share),
             vsock,
             blocks: Vec::new(),
             nets: Vec::new(),
+            netns: None,
             run_dir: self.dir.clone(),
         };
+        network.equip(&mut shape, &mut bindings);
+        let disks = Disks::find(wanted.disks.clone()).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        disks.equip(&mut shape, &mut bindings);
+        *lock(&self.disks) = disks;
         let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref() };
         let launch = hypervisor.launch(&shape, &bindings, &accounts).instrument(info_span!("launch"));
         let machine = launch.await.map_err(|e| Fault::of(Kind::FailedPrecondition, &e))?;
@@ -289,7 +355,7 @@ impl Host {
 
         let limit = Duration::from_secs(config.hypervisor.boot_timeout_seconds);
         let up = tokio::select! {
-            up = self.meet(&control, &config, &spec) => up,
+            up = self.meet(&control, &wanted) => up,
             end = ended.wait_for(Option::is_some) => {
                 let reason = end.ok().and_then(|e| e.as_ref().map(|e| e.reason.clone())).unwrap_or_default();
                 Err(Fault::new(Kind::Unavailable, format!("the machine ended before its agent reported: {reason}")))
@@ -310,22 +376,57 @@ impl Host {
     }
 
     /// File, runtime options, annotations: each overrides the one before.
-    fn plan_machine(&self, request: &CreateRequest) -> Result<(Config, Sizing, Spec), Fault> {
+    fn plan_machine(&self, request: &CreateRequest) -> Result<Wanted, Fault> {
+        let spec = load_spec(&request.bundle)?;
+        // Once more where its files are prepared, but what is refused needs no machine.
+        plan::container(&request.id, spec.clone())?;
+        let none = HashMap::new();
+        let config =
+            self.configure(request.options.as_ref(), spec.annotations().as_ref().unwrap_or(&none))?;
+        let sizing = plan::machine(&config, &spec, &host_facts())?;
+        Ok(Wanted {
+            config,
+            sizing,
+            cgroup: cgroups_path(&spec).map(str::to_owned),
+            hostname: spec.hostname().clone().unwrap_or_default(),
+            sysctls: plan::pod_sysctls(&spec),
+            netns: plan::network(&spec),
+            disks: plan::disks(&spec),
+        })
+    }
+
+    fn plan_pod(&self, create: &CreatePod) -> Result<(), Fault> {
+        let pod = plan::PodConfig::read(&create.config)?;
+        let config = self.configure(self.options.as_ref(), &pod.annotations)?;
+        let sizing = plan::pod(&config, &pod, &host_facts())?;
+        let own = own_hostname();
+        let hostname = if pod.hostname.is_empty() { own } else { pod.hostname.clone() };
+        let files = PodFiles::new(&self.dir);
+        files.write(&hostname, &pod.dns)?;
+        let cgroup = Some(pod.cgroup_parent).filter(|parent| !parent.is_empty());
+        let cgroup = cgroup.map(|parent| cgroup::below(&parent, &self.identity.id));
+        let netns = Some(create.netns.clone()).filter(|path| !path.as_os_str().is_empty());
+        let sysctls = pod.sysctls;
+        // The sandbox API names a pod before its containers, hence before their devices.
+        let disks = Vec::new();
+        *lock(&self.pod) = Some(Wanted { config, sizing, cgroup, hostname, sysctls, netns, disks });
+        Ok(())
+    }
+
+    fn configure(
+        &self,
+        options: Option<&(String, Vec<u8>)>,
+        annotations: &HashMap<String, String>,
+    ) -> Result<Config, Fault> {
         if let Some(reason) = &self.config_error {
             return Err(Fault::new(Kind::FailedPrecondition, reason.clone()));
         }
-        let spec = load_spec(&request.bundle)?;
         let mut config = self.config.clone();
-        if let Some((type_url, value)) = &request.options {
+        if let Some((type_url, value)) = options {
             let options = Any { type_url: type_url.clone(), value: value.clone(), ..Default::default() };
             config = config.with_runtime_options(&options).map_err(config_fault)?;
         }
-        if let Some(annotations) = spec.annotations() {
-            config = config.with_annotations(annotations).map_err(config_fault)?;
-        }
-        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
-        let sizing = plan::machine(&config, &spec, &HostFacts { cpus })?;
-        Ok((config, sizing, spec))
+        config.with_annotations(annotations).map_err(config_fault)
     }
 
     /// A sandbox that cannot be counted still runs: accounting is not isolation.
@@ -346,13 +447,12 @@ impl Host {
     }
 
     /// Waits for the agent's hello, configures the guest and listens to its events.
-    async fn meet(
-        &self,
-        control: &tokio::net::UnixListener,
-        config: &Config,
-        spec: &Spec,
-    ) -> Result<(), Fault> {
+    async fn meet(&self, control: &tokio::net::UnixListener, wanted: &Wanted) -> Result<(), Fault> {
+        let config = &wanted.config;
         let timeout = Duration::from_secs(config.agent.request_timeout_seconds);
+        // The taps are there by now. Meanwhile the guest boots.
+        let joined = tokio::spawn(self.joined());
+        let joined = async { joined.await.unwrap_or_else(|e| Err(Fault::internal("join the links", &e))) };
         let (agent, hello) = Agent::accept(control, timeout)
             .instrument(info_span!("hello"))
             .await
@@ -364,9 +464,16 @@ impl Host {
         debug!(kernel = hello.kernel, agent = hello.agent, "guest is up");
         let events = agent.events().await?;
         // A container without a name of its own has the host's, as with runc.
-        let own = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned());
-        let hostname = spec.hostname().clone().or_else(|| own().ok()).unwrap_or_default();
-        let guest = agent.configure(&hostname).instrument(info_span!("configure")).await?;
+        let own = own_hostname();
+        let hostname = if wanted.hostname.is_empty() { &own } else { &wanted.hostname };
+        let network = joined.instrument(info_span!("join")).await?;
+        let first = network.clone().unwrap_or_default();
+        let configured = agent.configure(hostname, wanted.sysctls.clone(), first);
+        let guest = configured.instrument(info_span!("configure")).await?;
+        if let (Some(pod), Some(network)) = (lock(&self.network).as_ref(), network) {
+            pod.was_told(network);
+        }
+        self.forward_ports(&agent).await;
         debug!(controllers = ?guest.controllers, "guest is configured");
         if let Some(ready) = lock(&self.ready).as_mut() {
             ready.agent = Some(agent);
@@ -375,10 +482,55 @@ impl Host {
         Ok(())
     }
 
-    async fn prepare(&self, request: CreateRequest) -> Result<(), Fault> {
+    /// Joins links that are new, and answers the network if the guest has another one.
+    fn joined(&self) -> impl Future<Output = Result<Option<Network>, Fault>> + use<> {
+        let (network, ledger) = (lock(&self.network).clone(), self.ledger.clone());
+        async move {
+            let Some(network) = network else { return Ok(None) };
+            blocking("look at the pod's network", move || network.refresh(&ledger)).await
+        }
+    }
+
+    /// Tells the guest of links and of what is set for them, if that has changed.
+    async fn refresh_network(&self) -> Result<(), Fault> {
+        let Some(network) = self.joined().await? else { return Ok(()) };
+        self.agent()?.set_network(&network).await?;
+        if let Some(pod) = lock(&self.network).as_ref() {
+            pod.was_told(network);
+        }
+        Ok(())
+    }
+
+    /// Lets connections to the pod's `localhost` through. A pod without is a pod: only forwarders dial that.
+    async fn forward_ports(&self, agent: &Agent) {
+        let Some(network) = lock(&self.network).clone() else { return };
+        match blocking("listen in the pod's network", move || network.forwarder()).await {
+            Ok(Some(forwarder)) => {
+                tokio::spawn(forward::serve(forwarder, agent.clone(), self.hub.clone()));
+            }
+            Ok(None) => {}
+            Err(fault) => warn!("ports of the pod cannot be forwarded: {fault}"),
+        }
+    }
+
+    async fn prepare(&self, request: CreateRequest) -> Result<Role, Fault> {
         let spec = load_spec(&request.bundle)?;
-        let plan = plan::container(&request.id, spec)?;
-        let (id, rootfs) = (request.id.clone(), request.rootfs);
+        let mut plan = plan::container(&request.id, spec)?;
+        let role = plan.role;
+        if lock(&self.pod).is_some() {
+            PodFiles::new(&self.dir).add_to(&request.id, &mut plan);
+        }
+        // Nothing runs in the root of a container that only stands for its pod.
+        if role != Role::Sandbox {
+            self.share_files(&request, &plan).await?;
+        }
+        let prepared = Prepared { plan, bundle: request.bundle, io: request.io };
+        lock(&self.prepared).insert(request.id, prepared);
+        Ok(role)
+    }
+
+    async fn share_files(&self, request: &CreateRequest, plan: &ContainerPlan) -> Result<(), Fault> {
+        let (id, rootfs) = (request.id.clone(), request.rootfs.clone());
         // With mounts the root is where containerd will unmount it; without, it is what the spec names.
         let root = request.bundle.join(if rootfs.is_empty() { &plan.root_path } else { Path::new("rootfs") });
         let (binds, read_only) = (plan.binds.clone(), plan.root_read_only);
@@ -398,10 +550,12 @@ impl Host {
             }
             Ok(())
         });
-        work.await.unwrap_or_else(|e| Err(Fault::internal("prepare the container's files", &e)))?;
-        let prepared = Prepared { plan, bundle: request.bundle, io: request.io };
-        lock(&self.prepared).insert(request.id, prepared);
-        Ok(())
+        work.await.unwrap_or_else(|e| Err(Fault::internal("prepare the container's files", &e)))
+    }
+
+    /// Whether this container only stands for its pod: nothing of it is in the guest.
+    fn stands_for_pod(&self, id: &ContainerId) -> bool {
+        lock(&self.prepared).get(id).is_some_and(|p| p.plan.role == Role::Sandbox)
     }
 
     fn logger(&self, id: &ContainerId) -> LoggerContext {
@@ -410,20 +564,39 @@ impl Host {
 
     async fn guest_create(&self, id: &ContainerId) -> Result<(), Fault> {
         let agent = self.agent()?;
-        let (hooks, bundle, io, console, spec) = {
+        let (hooks, bundle, io, console, spec, network, disks) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
                 .ok_or_else(|| Fault::new(Kind::Internal, format!("{id} is not prepared")))?;
             let spec =
                 serde_json::to_vec(&p.plan.guest_spec).map_err(|e| Fault::internal("write the spec", &e))?;
-            (p.plan.hooks.create.clone(), p.bundle.clone(), p.io.clone(), p.plan.console, spec)
+            (
+                p.plan.hooks.create.clone(),
+                p.bundle.clone(),
+                p.io.clone(),
+                p.plan.console,
+                spec,
+                p.plan.network.clone(),
+                p.plan.disks.clone(),
+            )
         };
+        let disks =
+            lock(&self.disks).of_container(&disks).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        let pod = lock(&self.network).clone();
+        if let Some(pod) = pod {
+            blocking("look at the pod's network", move || pod.check_joins(network.as_deref())).await?;
+        }
         hooks::run(&hooks, id, "created", self.vmm_pid(), &bundle).await?;
+        if self.stands_for_pod(id) {
+            // It has no output that would have to end before its own end is told.
+            let _ = self.inputs.send(Input::StreamsClosed(ProcessKey::init(id)));
+            return Ok(());
+        }
         let key = ProcessKey::init(id);
         let tokens =
             self.hub.open(&key, &io, &self.logger(id)).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
-        let created = agent.create(id, spec, &io, tokens, console).await;
+        let created = agent.create(id, spec, &io, tokens, console, disks).await;
         if created.is_err() {
             self.hub.forget(&key);
         }
@@ -435,7 +608,11 @@ impl Host {
     }
 
     async fn guest_start(&self, id: &ContainerId) -> Result<(), Fault> {
-        self.agent()?.start(id).await?;
+        // Hooks and plugins may have given the pod its network since it was created.
+        self.refresh_network().instrument(info_span!("network")).await?;
+        if !self.stands_for_pod(id) {
+            self.agent()?.start(id).await?;
+        }
         let (hooks, bundle) = match lock(&self.prepared).get(id) {
             Some(p) => (p.plan.hooks.poststart.clone(), p.bundle.clone()),
             None => return Ok(()),
@@ -454,6 +631,9 @@ impl Host {
         process: Vec<u8>,
         size: Option<(u32, u32)>,
     ) -> Result<(), Fault> {
+        if self.stands_for_pod(&key.container) {
+            return Err(no_process(&key.container, "run a process in"));
+        }
         let agent = self.agent()?;
         let tokens = self
             .hub
@@ -467,6 +647,9 @@ impl Host {
     }
 
     async fn ask(&self, ask: Ask) -> Result<Reply, Fault> {
+        if ask.container().is_some_and(|id| self.stands_for_pod(id)) {
+            return self.ask_pod(ask).await;
+        }
         let agent = self.agent()?;
         match ask {
             Ask::Signal { key, signal, all } => agent.signal(&key, signal, all).await?,
@@ -475,6 +658,7 @@ impl Host {
             Ask::Update(id, resources) => agent.update(&id, resources).await?,
             Ask::ResizePty(key, width, height) => agent.resize(&key, width, height).await?,
             Ask::Stats(id) => return Ok(Reply::Stats(agent.stats(&id).await?.files)),
+            Ask::PodStats => return Ok(Reply::Stats(self.pod_stats(&agent).await?)),
             Ask::Pids(id) => {
                 let processes = agent.pids(&id).await?.processes;
                 return Ok(Reply::Pids(processes.into_iter().map(|p| (p.pid, p.exec_id)).collect()));
@@ -483,8 +667,42 @@ impl Host {
         Ok(Reply::Empty)
     }
 
+    /// What is asked of the container that stands for the pod: it behaves as a pause process would.
+    async fn ask_pod(&self, ask: Ask) -> Result<Reply, Fault> {
+        match ask {
+            Ask::Signal { key, signal, .. } => {
+                let status = match signal as i32 {
+                    libc::SIGKILL => 128 + signal,
+                    libc::SIGTERM | libc::SIGINT => 0,
+                    // As the first process of its namespace it would not notice any other.
+                    _ => return Ok(Reply::Empty),
+                };
+                let exit = ExitInfo { status, at: SystemTime::now() };
+                let _ = self.inputs.send(Input::GuestExit(key, exit));
+                Ok(Reply::Empty)
+            }
+            Ask::Pids(_) => Ok(Reply::Pids(vec![(self.vmm_pid().unsigned_abs(), String::new())])),
+            Ask::Stats(_) | Ask::PodStats => Ok(Reply::Stats(self.pod_stats(&self.agent()?).await?)),
+            Ask::Pause(id) => Err(no_process(&id, "pause")),
+            Ask::Resume(id) => Err(no_process(&id, "resume")),
+            Ask::Update(id, _) => Err(no_process(&id, "update")),
+            Ask::ResizePty(key, ..) => Err(no_process(&key.container, "resize a terminal of")),
+        }
+    }
+
+    /// What the pod costs the host, the machine's overhead included; where it is not counted, what its containers
+    /// use in the guest.
+    async fn pod_stats(&self, agent: &Agent) -> Result<HashMap<String, Vec<u8>>, Fault> {
+        let path = lock(&self.cgroup).clone();
+        match path.map(|path| cgroup::figures(&path)).filter(|files| !files.is_empty()) {
+            Some(files) => Ok(files),
+            None => Ok(agent.pod_stats().await?.files),
+        }
+    }
+
     async fn release(&self, id: &ContainerId, guest: bool) {
         if guest
+            && !self.stands_for_pod(id)
             && let Ok(agent) = self.agent()
             && let Err(fault) = agent.delete(id).await
         {
@@ -502,10 +720,25 @@ impl Host {
             Err(error) => error!(%id, %error, "taking the container back"),
         }
         let prepared = lock(&self.prepared).remove(id);
+        if prepared.as_ref().is_some_and(|p| p.plan.role == Role::Sandbox)
+            && let Err(error) = std::fs::write(self.dir.join(POD_DELETED), "")
+        {
+            warn!(%error, "{POD_DELETED}");
+        }
         if let Some(p) = prepared
             && let Err(fault) = hooks::run(&p.plan.hooks.poststop, id, "stopped", 0, &p.bundle).await
         {
             warn!("poststop {fault}");
+        }
+    }
+
+    /// Ends the machine in order; its end is told as an input.
+    async fn halt(&self) {
+        if let Ok(agent) = self.agent() {
+            let _ = tokio::time::timeout(GOODBYE, agent.shutdown()).await;
+        }
+        if let Some(ready) = lock(&self.ready).as_ref() {
+            ready.running.kill("the pod is stopped");
         }
     }
 
@@ -530,6 +763,14 @@ impl Host {
             Err(error) => Err(Fault::internal("take the sandbox back", &error)),
         }
     }
+}
+
+/// Does something that blocks for a moment; `doing` names it should it panic.
+async fn blocking<T: Send + 'static>(
+    doing: &str,
+    work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
+) -> Result<T, Fault> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(Fault::internal(doing, &e)))
 }
 
 /// Hands the guest's events on, in order, until the guest is gone.
@@ -568,6 +809,10 @@ async fn listen(
     }
 }
 
+/// A file in the sandbox's directory: the pod was deleted in order, and the shim ends with its last container.
+/// containerd calls `delete` for the pod all the same, while it deletes its containers.
+pub const POD_DELETED: &str = "pod-deleted";
+
 /// Added to the state directory's name: a file beside it that remembers, until the host's next boot, that its
 /// processor virtualises. Not in it, for that is empty when there is no pod.
 const ACCELERATION: &str = ".acceleration";
@@ -602,6 +847,19 @@ fn uses_kvm(config: &Config) -> Result<bool, Fault> {
             ),
         )),
     }
+}
+
+fn host_facts() -> HostFacts {
+    HostFacts { cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32) }
+}
+
+fn own_hostname() -> String {
+    nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn no_process(id: &ContainerId, verb: &str) -> Fault {
+    let text = format!("cannot {verb} container {id}: it stands for its pod and has no process of its own");
+    Fault::new(Kind::Unimplemented, text)
 }
 
 fn config_fault(error: crate::config::ConfigError) -> Fault {

@@ -8,8 +8,10 @@
 //! ```
 
 pub mod driver;
+mod forward;
 mod hooks;
 pub mod host;
 mod machine;
 pub mod model;
+mod network;
 pub mod state;

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use crate::{
     error::Fault,
     ids::{ContainerId, ExecId, ProcessKey},
+    plan::Role,
 };
 
 /// Answers one request, exactly once.
@@ -53,9 +54,42 @@ pub struct CreateRequest {
     pub options: Option<(String, Vec<u8>)>,
 }
 
+/// What CreateSandbox asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CreatePod {
+    /// CRI's `PodSandboxConfig`, as protobuf; empty if there is none.
+    pub config: Vec<u8>,
+    /// The pod's network namespace on the host; empty if it has none.
+    pub netns: std::path::PathBuf,
+}
+
+/// What containerd asks of a pod by the sandbox API.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PodRequest {
+    /// A new pod, up to but not including its machine.
+    Create(Box<CreatePod>),
+    /// Boots the machine.
+    Start,
+    /// Ends the machine.
+    Stop {
+        /// When it was asked.
+        at: SystemTime,
+    },
+    /// Answers when the machine has ended.
+    Wait,
+    /// Whether it runs.
+    Status,
+    /// Figures of all its containers together.
+    Stats,
+    /// Ends everything, and this process.
+    Shutdown,
+}
+
 /// What containerd asks.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request {
+    /// By the sandbox API.
+    Pod(PodRequest),
     /// A new container, up to but not including its command.
     Create(Box<CreateRequest>),
     /// Runs the command of a created container or exec.
@@ -175,6 +209,15 @@ pub enum Reply {
     Stats(std::collections::HashMap<String, Vec<u8>>),
     /// To Connect: pid of the container's process, 0 if it is not known here.
     Connect(i32),
+    /// To a pod's Status.
+    PodStatus {
+        /// Its machine runs.
+        ready: bool,
+        /// Pid of the machine, 0 without.
+        pid: i32,
+        /// Set once it has ended.
+        exit: Option<ExitInfo>,
+    },
 }
 
 /// Work outside the state machine. Each ends in exactly one [`Done`] with the same name.
@@ -182,6 +225,12 @@ pub enum Reply {
 pub enum Job {
     /// Launches the machine for its first container and waits for its agent.
     Boot(Box<CreateRequest>),
+    /// Reads what a pod wants and refuses what it cannot have.
+    PlanPod(Box<CreatePod>),
+    /// Launches the machine of the pod that was planned.
+    BootPod,
+    /// Ends the machine in order.
+    Halt,
     /// The host's part of a container: root, shares.
     Prepare(Box<CreateRequest>),
     /// The guest's part.
@@ -232,19 +281,38 @@ pub enum Ask {
     Update(ContainerId, Vec<u8>),
     /// See [`Request::Stats`].
     Stats(ContainerId),
+    /// See [`PodRequest::Stats`].
+    PodStats,
     /// See [`Request::Pids`].
     Pids(ContainerId),
     /// See [`Request::ResizePty`].
     ResizePty(ProcessKey, u32, u32),
 }
 
+impl Ask {
+    /// Whom it is about; nobody if it is about the pod.
+    pub fn container(&self) -> Option<&ContainerId> {
+        match self {
+            Ask::PodStats => None,
+            Ask::Signal { key, .. } | Ask::ResizePty(key, ..) => Some(&key.container),
+            Ask::Pause(id) | Ask::Resume(id) | Ask::Update(id, _) | Ask::Stats(id) | Ask::Pids(id) => {
+                Some(id)
+            }
+        }
+    }
+}
+
 /// The end of a [`Job`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Done {
-    /// The machine is up; its pid on the host.
+    /// The machine is up, of the first container or of the pod; its pid on the host.
     Boot(Result<i32, Fault>),
-    /// Of a container.
-    Prepare(ContainerId, Result<(), Fault>),
+    /// Of a pod.
+    PlanPod(Result<(), Fault>),
+    /// Of the machine; its end is told as an input.
+    Halt,
+    /// Of a container; what it is to its pod.
+    Prepare(ContainerId, Result<Role, Fault>),
     /// Of a container.
     GuestCreate(ContainerId, Result<(), Fault>),
     /// Of a container.

@@ -1,8 +1,12 @@
-//! What of the host's file systems a container sees: its root and its bind mounts, gathered in the share.
-//! Knows mounts and paths of the host, nothing of the guest beyond the share's layout.
+//! What of the host's storage a container sees: its root and its bind mounts, gathered in the share, and disks.
+//! Knows mounts, devices and paths of the host, nothing of the guest beyond the share's layout.
 
+mod disk;
 mod mount;
+mod pod;
 mod share;
 
+pub use disk::{DiskError, Disks};
 pub use mount::{MountError, mount};
+pub use pod::PodFiles;
 pub use share::{Share, ShareError};

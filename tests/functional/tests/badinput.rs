@@ -24,7 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("badinput::annotation_allowed", OWN_CONFIG, annotation_allowed),
     Test::bulkhead("badinput::host_network_is_refused", NO_HOST, host_network_is_refused),
     Test::bulkhead("badinput::joining_a_namespace_is_refused", NO_HOST, joining_a_namespace_is_refused),
-    Test::bulkhead("badinput::block_device_is_refused", NO_HOST, block_device_is_refused),
+    Test::bulkhead("badinput::device_of_the_host_is_refused", NO_HOST, device_of_the_host_is_refused),
     Test::common("badinput::cwd_does_not_exist", cwd_does_not_exist),
     Test::bulkhead("badinput::spec_without_process", "runc's shim panics on it", spec_without_process),
     Test::bulkhead("badinput::spec_without_root", "runc's words differ", spec_without_root),
@@ -221,8 +221,9 @@ fn joining_a_namespace_is_refused(t: &mut Context) -> Result<()> {
     Ok(())
 }
 
-fn block_device_is_refused(t: &mut Context) -> Result<()> {
-    refused(t, &["--device", "/dev/loop7"])?.expect_stderr(&["/dev/loop7", "not supported"])?;
+fn device_of_the_host_is_refused(t: &mut Context) -> Result<()> {
+    refused(t, &["--device", "/dev/loop-control"])?
+        .expect_stderr(&["/dev/loop-control (character 10:237)", "not supported"])?;
     Ok(())
 }
 

@@ -8,6 +8,7 @@ mod ends;
 mod events;
 mod io;
 mod limits;
+mod network;
 mod run;
 mod security;
 mod task;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         io::TESTS,
         security::TESTS,
         limits::TESTS,
+        network::TESTS,
         task::TESTS,
         terminal::TESTS,
         events::TESTS,

@@ -21,8 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("run::rootfs_directory", rootfs_directory),
     Test::common("run::pid_file", pid_file),
     Test::common("run::device_char", device_char),
-    Test::common("run::device_block", device_block)
-        .unless(|s| s.is_bulkhead().then_some("refused by name: see badinput::block_device_is_refused")),
+    Test::common("run::device_block", device_block),
     Test::common("run::rlimit_nofile", rlimit_nofile)
         .unless(|s| s.is_containerd_1().then_some("ctr 1.x has no --rlimit-nofile")),
     Test::common("run::sysctl", sysctl),

@@ -102,18 +102,21 @@ impl fmt::Display for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "  command: {}", self.what)?;
         writeln!(f, "  ended:   {:?} after {:.2} s", self.exit, self.took.as_secs_f64())?;
-        writeln!(f, "  stdout:  {}", shorten(&self.out()))?;
-        write!(f, "  stderr:  {}", shorten(&self.err()))
+        // The error first: whoever shows only the beginning of a report shows that.
+        writeln!(f, "  stderr:  {}", shorten(&self.err(), 3000))?;
+        write!(f, "  stdout:  {}", shorten(&self.out(), 600))
     }
 }
 
-fn shorten(text: &str) -> String {
-    const MOST: usize = 3000;
-    if text.len() <= MOST {
+/// The beginning and the end of a text, `most` characters of it in all.
+fn shorten(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
         return text.to_string();
     }
-    let cut: String = text.chars().take(MOST).collect();
-    format!("{cut}… ({} bytes)", text.len())
+    let head: String = text.chars().take(most / 3).collect();
+    let mut tail: Vec<char> = text.chars().rev().take(most - most / 3).collect();
+    tail.reverse();
+    format!("{head}… ({} bytes in all) …{}", text.len(), tail.into_iter().collect::<String>())
 }
 
 /// What a process reads.
@@ -377,6 +380,20 @@ impl Proc {
             let err = self.stderr.seen.0.lock().unwrap_or_else(|e| e.into_inner());
             let err = String::from_utf8_lossy(&err.bytes).into_owned();
             bail!("{}: {text:?} was not said; stdout: {out:?}, stderr: {err:?}", self.what);
+        }
+        Ok(())
+    }
+
+    /// Waits until `fd` is readable; the end of the process before that, or its deadline, is an error.
+    pub fn wait_for_readable(&self, fd: BorrowedFd<'_>) -> Result<()> {
+        let left = (self.started + self.deadline).saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.pidfd, PollFlags::IN)];
+        poll(&mut fds, Some(&timespec(left))).context("poll")?;
+        if fds[0].revents().is_empty() {
+            let out = String::from_utf8_lossy(&self.stdout_so_far()).into_owned();
+            let err = self.stderr.seen.0.lock().unwrap_or_else(|e| e.into_inner());
+            let err = String::from_utf8_lossy(&err.bytes).into_owned();
+            bail!("{}: nothing came; stdout: {out:?}, stderr: {err:?}", self.what);
         }
         Ok(())
     }

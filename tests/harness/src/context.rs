@@ -93,6 +93,16 @@ impl<'a> Context<'a> {
         self.node.ctr()
     }
 
+    /// A `crictl` command.
+    pub fn crictl(&self) -> Result<Run> {
+        self.node.crictl()
+    }
+
+    /// See [`Node::mark`].
+    pub(crate) fn mark(&self) -> &str {
+        self.node.mark()
+    }
+
     /// `ctr ARGS`, waited for, which must succeed; its standard output.
     pub fn ctr_ok(&self, args: &[&str]) -> Result<String> {
         Ok(self.ctr().args(args).output()?.ok()?.out())

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -29,6 +30,13 @@ pub struct ProcessInfo {
     pub name: String,
     /// Its arguments.
     pub args: Vec<String>,
+}
+
+impl ProcessInfo {
+    /// A descriptor of the process, to wait for its end with [`crate::wait_for_exit`]. It may be gone already.
+    pub fn pidfd(&self) -> Result<OwnedFd> {
+        open_pidfd(self.pid)
+    }
 }
 
 impl fmt::Display for ProcessInfo {
@@ -58,6 +66,7 @@ impl Snapshot {
                 .filter_map(|l| l.split_once(':'))
                 .map(|(n, _)| format!("link {}", n.trim())),
         );
+        rest.extend(disciplines()?.into_iter().map(|line| format!("queueing discipline {line}")));
         walk(Path::new("/run"), 6, &mut |path| {
             // runc's shim, killed, leaves its two sockets behind; that is not for this suite to judge.
             let runcs = !node.settings().is_bulkhead() && path.starts_with("/run/containerd/s");
@@ -68,7 +77,7 @@ impl Snapshot {
         for entry in fs::read_dir(node.bundles()).into_iter().flatten().flatten() {
             rest.insert(format!("bundle {}", entry.path().display()));
         }
-        for dir in cgroups_of(node.namespace()) {
+        for dir in cgroups_of(node.mark()) {
             rest.insert(format!("cgroup {}", dir.display()));
         }
         for (name, file) in loop_devices() {
@@ -89,6 +98,15 @@ impl Snapshot {
     pub fn lost_since(&self, before: &Self) -> Vec<String> {
         before.rest.difference(&self.rest).cloned().collect()
     }
+}
+
+/// Queueing disciplines for incoming frames on the links of this thread's network namespace: what redirects a
+/// link's frames hangs on one. Its taps are links, and namespaces with a name are files.
+fn disciplines() -> Result<Vec<String>> {
+    let output = Command::new("tc").args(["qdisc", "show"]).output().context("run tc (package iproute2)")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let incoming = |line: &&str| line.contains("ingress") || line.contains("clsact");
+    Ok(text.lines().filter(incoming).map(str::to_owned).collect())
 }
 
 /// Waits until nothing new is left compared with `before`; after `patience` returns what there still is.
@@ -246,7 +264,7 @@ pub(crate) fn processes(node: &Node) -> BTreeSet<ProcessInfo> {
         let info = ProcessInfo { pid, parent, name, args };
         let in_namespace = fs::metadata(format!("/proc/{pid}/ns/mnt")).is_ok_and(|m| m.ino() == own);
         let in_cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))
-            .is_ok_and(|c| c.contains(&format!("/{}/", node.namespace())));
+            .is_ok_and(|c| c.contains(&format!("/{}/", node.mark())));
         if in_namespace || in_cgroup || info.args.iter().any(|a| a.contains(&dir)) {
             members.insert(pid);
             found.insert(info);

@@ -7,6 +7,7 @@
 
 mod command;
 mod context;
+mod cri;
 mod events;
 mod image;
 mod isolate;
@@ -22,6 +23,7 @@ mod watch;
 
 pub use command::{Exit, Output, Proc, Run, signal_process, wait_for_exit};
 pub use context::Context;
+pub use cri::Pod;
 pub use events::{Event, Events};
 pub use image::IMAGE;
 pub use leak::{ProcessInfo, Snapshot};
@@ -29,7 +31,7 @@ pub use node::Node;
 pub use pace::stretched;
 pub use parts::Part;
 pub use pty::Pty;
-pub use runner::{Scope, Test, run_suite, run_suite_without_containerd};
+pub use runner::{Scope, Test, run_suite, run_suite_with_pods, run_suite_without_containerd};
 pub use settings::{Runtime, Settings};
 /// The shim's configuration.
 pub use toml::Table as TomlTable;

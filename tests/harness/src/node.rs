@@ -27,7 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Node {
     settings: Arc<Settings>,
     dir: PathBuf,
-    namespace: String,
+    mark: String,
+    cri: bool,
     daemon: Option<Daemon>,
 }
 
@@ -38,22 +39,33 @@ struct Daemon {
 
 impl Node {
     /// Starts containerd below `dir` and imports the image. The calling thread must be isolated already.
-    pub(crate) fn start(settings: Arc<Settings>, dir: PathBuf, namespace: String) -> Result<Self> {
-        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        let mut node = Self { settings, dir, namespace, daemon: None };
-        node.write_config()?;
-        node.reset_bulkhead_config()?;
-        node.launch()?;
-        node.import_image()?;
+    pub(crate) fn start(settings: Arc<Settings>, dir: PathBuf, mark: String) -> Result<Self> {
+        Self::bare(settings, dir, mark)?.begin()
+    }
+
+    /// The same with containerd's CRI, for pods.
+    pub(crate) fn with_cri(settings: Arc<Settings>, dir: PathBuf, mark: String) -> Result<Self> {
+        let mut node = Self::bare(settings, dir, mark)?;
+        node.cri = true;
+        node.prepare_network()?;
+        let node = node.begin()?;
+        node.import_pause()?;
         Ok(node)
     }
 
     /// The same without a containerd: the test plays it.
-    pub(crate) fn bare(settings: Arc<Settings>, dir: PathBuf, namespace: String) -> Result<Self> {
+    pub(crate) fn bare(settings: Arc<Settings>, dir: PathBuf, mark: String) -> Result<Self> {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        let node = Self { settings, dir, namespace, daemon: None };
+        let node = Self { settings, dir, mark, cri: false, daemon: None };
         node.reset_bulkhead_config()?;
         Ok(node)
+    }
+
+    fn begin(mut self) -> Result<Self> {
+        self.write_config()?;
+        self.launch()?;
+        self.import_image()?;
+        Ok(self)
     }
 
     /// What is under test.
@@ -66,9 +78,14 @@ impl Node {
         &self.dir
     }
 
-    /// The containerd namespace of its containers; unique on the machine.
+    /// The containerd namespace of its containers. CRI has one of its own.
     pub fn namespace(&self) -> &str {
-        &self.namespace
+        if self.cri { "k8s.io" } else { &self.mark }
+    }
+
+    /// A name that is unique on the machine, and part of the path of each cgroup of this node's containers.
+    pub fn mark(&self) -> &str {
+        &self.mark
     }
 
     /// containerd's socket.
@@ -83,7 +100,7 @@ impl Node {
 
     /// Where containerd keeps the bundles of this node's containers.
     pub fn bundles(&self) -> PathBuf {
-        self.dir.join("r/io.containerd.runtime.v2.task").join(&self.namespace)
+        self.dir.join("r/io.containerd.runtime.v2.task").join(self.namespace())
     }
 
     /// containerd's process id, while it runs.
@@ -97,7 +114,7 @@ impl Node {
             .arg("--address")
             .arg(self.address())
             .arg("--namespace")
-            .arg(&self.namespace)
+            .arg(self.namespace())
             .env("PATH", &self.settings.path)
             // The machine may have cgroup v1 only; ctr's standard error is the test's to read.
             .env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1")
@@ -106,7 +123,7 @@ impl Node {
     /// The same for a caller that must hold the child itself.
     pub(crate) fn raw_ctr(&self) -> Command {
         let mut ctr = Command::new(self.settings.containerd_dir.join("ctr"));
-        ctr.arg("--address").arg(self.address()).arg("--namespace").arg(&self.namespace);
+        ctr.arg("--address").arg(self.address()).arg("--namespace").arg(self.namespace());
         ctr
     }
 
@@ -163,7 +180,7 @@ impl Node {
     pub(crate) fn destroy(mut self) -> Result<()> {
         let ended = self.end(Signal::TERM);
         leak::kill_all(&self);
-        leak::remove_cgroups(&self.namespace);
+        leak::remove_cgroups(&self.mark);
         leak::unmount_below(&self.dir);
         drop(self.daemon.take());
         ended.and(fs::remove_dir_all(&self.dir).with_context(|| format!("remove {}", self.dir.display())))
@@ -172,20 +189,25 @@ impl Node {
     fn write_config(&self) -> Result<()> {
         let dir = self.dir.display();
         let version = if self.settings.is_containerd_1() { 2 } else { 3 };
-        // CRI is another suite's; the rest costs time at each start and is not what is tested here.
+        // CRI only where it is tested; the rest costs time at each start and is not what is tested here.
+        let cri = [
+            "io.containerd.grpc.v1.cri",
+            "io.containerd.cri.v1.images",
+            "io.containerd.cri.v1.runtime",
+            "io.containerd.podsandbox.controller.v1.podsandbox",
+        ];
+        let others = [
+            "io.containerd.nri.v1.nri",
+            "io.containerd.snapshotter.v1.devmapper",
+            "io.containerd.snapshotter.v1.zfs",
+        ];
+        let disabled: Vec<&str> = cri.iter().filter(|_| !self.cri).chain(&others).copied().collect();
+        let cri = if self.cri { self.cri_config()? } else { String::new() };
         let text = format!(
             r#"version = {version}
 root = "{dir}/d"
 state = "{dir}/r"
-disabled_plugins = [
-  "io.containerd.grpc.v1.cri",
-  "io.containerd.cri.v1.images",
-  "io.containerd.cri.v1.runtime",
-  "io.containerd.nri.v1.nri",
-  "io.containerd.podsandbox.controller.v1.podsandbox",
-  "io.containerd.snapshotter.v1.devmapper",
-  "io.containerd.snapshotter.v1.zfs",
-]
+disabled_plugins = {disabled:?}
 [grpc]
   address = "{dir}/c.sock"
 [debug]
@@ -193,7 +215,7 @@ disabled_plugins = [
   level = "debug"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{dir}/opt"
-{}"#,
+{cri}{}"#,
             timeouts()
         );
         fs::write(self.dir.join("containerd.toml"), text).context("write containerd.toml")

@@ -106,17 +106,30 @@ struct Report {
     failed: Vec<&'static str>,
 }
 
+/// What stands at a test's side.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Daemon {
+    None,
+    Containerd,
+    WithCri,
+}
+
 /// Runs the tests that the command line asks for, each with a containerd at its side.
 pub fn run_suite(suite: &str, tests: &[Test]) -> ExitCode {
-    run(suite, tests, true)
+    run(suite, tests, Daemon::Containerd)
+}
+
+/// The same with containerd's CRI, for tests that make pods.
+pub fn run_suite_with_pods(suite: &str, tests: &[Test]) -> ExitCode {
+    run(suite, tests, Daemon::WithCri)
 }
 
 /// The same for tests that play containerd themselves.
 pub fn run_suite_without_containerd(suite: &str, tests: &[Test]) -> ExitCode {
-    run(suite, tests, false)
+    run(suite, tests, Daemon::None)
 }
 
-fn run(suite: &str, tests: &[Test], containerd: bool) -> ExitCode {
+fn run(suite: &str, tests: &[Test], containerd: Daemon) -> ExitCode {
     match try_run(suite, tests, containerd) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -127,7 +140,7 @@ fn run(suite: &str, tests: &[Test], containerd: bool) -> ExitCode {
     }
 }
 
-fn try_run(suite: &str, tests: &[Test], containerd: bool) -> Result<bool> {
+fn try_run(suite: &str, tests: &[Test], containerd: Daemon) -> Result<bool> {
     let arguments = Arguments::parse()?;
     let chosen: Vec<Test> = tests.iter().filter(|t| arguments.wants(t.name)).copied().collect();
     if arguments.list {
@@ -139,12 +152,12 @@ fn try_run(suite: &str, tests: &[Test], containerd: bool) -> Result<bool> {
         }
         return Ok(true);
     }
-    let settings = Arc::new(Settings::from_env(containerd)?);
+    let settings = Arc::new(Settings::from_env(containerd != Daemon::None)?);
     println!(
         "{suite}: {} tests, runtime {}, {} {}",
         chosen.len(),
-        settings.runtime_name,
-        if containerd { "containerd" } else { "no containerd; would be" },
+        if containerd == Daemon::WithCri { &settings.handler } else { &settings.runtime_name },
+        if containerd == Daemon::None { "no containerd; would be" } else { "containerd" },
         settings.version
     );
     std::panic::set_hook(Box::new(|_| {}));
@@ -196,7 +209,7 @@ fn try_run(suite: &str, tests: &[Test], containerd: bool) -> Result<bool> {
 
 struct Shared {
     settings: Arc<Settings>,
-    containerd: bool,
+    containerd: Daemon,
     root: PathBuf,
     queue: Mutex<VecDeque<Test>>,
     report: Mutex<Report>,
@@ -221,9 +234,13 @@ impl Shared {
     fn work(&self, first: Test) {
         let number = self.nodes.fetch_add(1, Ordering::Relaxed);
         let dir = self.root.join(number.to_string());
-        let namespace = format!("bh{}-{number}", std::process::id());
-        let start = if self.containerd { Node::start } else { Node::bare };
-        let node = isolate_thread().and_then(|()| start(Arc::clone(&self.settings), dir, namespace));
+        let mark = format!("bh{}-{number}", std::process::id());
+        let start = match self.containerd {
+            Daemon::None => Node::bare,
+            Daemon::Containerd => Node::start,
+            Daemon::WithCri => Node::with_cri,
+        };
+        let node = isolate_thread().and_then(|()| start(Arc::clone(&self.settings), dir, mark));
         let mut node = match node {
             Ok(node) => node,
             Err(e) => {

@@ -24,6 +24,8 @@ pub struct Settings {
     pub runtime_name: String,
     /// The same, as a case to decide by.
     pub runtime: Runtime,
+    /// `BULKHEAD_TEST_HANDLER`: CRI's name of the runtime, for tests that make pods.
+    pub handler: String,
     /// `BULKHEAD_TEST_CONTAINERD`: version of containerd.
     pub version: String,
     /// Directory of `containerd` and `ctr`.
@@ -40,6 +42,7 @@ impl Settings {
     /// | variable | meaning | default |
     /// |---|---|---|
     /// | `BULKHEAD_TEST_RUNTIME` | runtime name | `io.containerd.bulkhead.v2` |
+    /// | `BULKHEAD_TEST_HANDLER` | CRI's name of the runtime: `bulkhead`, `bulkhead-podsandbox`, `runc` | `bulkhead` |
     /// | `BULKHEAD_TEST_CONTAINERD` | version of containerd | `2.4.2` |
     /// | `BULKHEAD_TEST_PARTS` | directory that holds `containerd-<version>/` and `runc/` | the parts cache |
     /// | `BULKHEAD_TEST_PATH` | directories of bulkhead's programs, as PATH | the debug build |
@@ -51,7 +54,13 @@ impl Settings {
     pub fn from_env(containerd: bool) -> Result<Self> {
         pace::read()?;
         let var = |name: &str| env::var(name).ok().filter(|v| !v.is_empty());
-        let runtime_name = var("BULKHEAD_TEST_RUNTIME").unwrap_or_else(|| "io.containerd.bulkhead.v2".into());
+        let handler = var("BULKHEAD_TEST_HANDLER").unwrap_or_else(|| "bulkhead".into());
+        let of_handler = match handler.as_str() {
+            "runc" => "io.containerd.runc.v2",
+            "bulkhead" | "bulkhead-podsandbox" => "io.containerd.bulkhead.v2",
+            other => bail!("BULKHEAD_TEST_HANDLER={other}: use bulkhead, bulkhead-podsandbox or runc"),
+        };
+        let runtime_name = var("BULKHEAD_TEST_RUNTIME").unwrap_or_else(|| of_handler.into());
         let runtime = match runtime_name.as_str() {
             "io.containerd.runc.v2" => Runtime::Runc,
             "io.containerd.bulkhead.v2" => Runtime::Bulkhead,
@@ -80,7 +89,7 @@ impl Settings {
         };
         find(&path, shim).with_context(|| format!("{shim} is on none of {path}"))?;
         let config = var("BULKHEAD_TEST_CONFIG").map(PathBuf::from);
-        Ok(Self { runtime_name, runtime, version, containerd_dir, path, config })
+        Ok(Self { runtime_name, runtime, handler, version, containerd_dir, path, config })
     }
 
     /// Whether the runtime under test is bulkhead.

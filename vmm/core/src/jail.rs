@@ -5,7 +5,8 @@
 //! |---|---|
 //! | own uid and gid, never 0, no other groups | setgroups, setresgid, setresuid |
 //! | empty root directory, read-only | a tmpfs of no size, pivot_root, the old root detached |
-//! | own mount, net, ipc, uts and cgroup namespaces | unshare; the pid namespace is made by who starts us |
+//! | own mount, ipc, uts and cgroup namespaces | unshare; the pid namespace is made by who starts us |
+//! | own net namespace, or that of the pod and no way to make a socket | unshare, or made by who starts us |
 //! | own user namespace without any mapping | unshare as the new uid, where the host allows it |
 //! | no capability, none to be had | bounding set emptied, capset, no_new_privs |
 //! | bounded descriptors, no core dump | setrlimit |
@@ -57,19 +58,19 @@ fn step<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> JailError {
 /// # Errors
 /// Any step that fails: there is no half a jail, the process must end.
 pub(crate) fn enter(identity: Identity) -> Result<(), JailError> {
-    let Identity { uid, gid } = identity;
+    let Identity { uid, gid, in_pod_network } = identity;
     if uid == 0 || gid == 0 {
         return Err(JailError::Root(uid, gid));
     }
     limit()?;
-    unshare(
-        CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWNET
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWCGROUP,
-    )
-    .map_err(step("make namespaces"))?;
+    let mut namespaces = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
+    if !in_pod_network {
+        namespaces |= CloneFlags::CLONE_NEWNET;
+    }
+    unshare(namespaces).map_err(step("make namespaces"))?;
     empty_root()?;
     empty_bounding_set()?;
     setgroups(&[]).map_err(step("leave all groups"))?;

@@ -38,6 +38,7 @@ Options:
 // SAFETY: the only symbol of this name, with the signature that the C library calls it by.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub extern "C" fn main() -> libc::c_int {
+    sys::share_heaps();
     // As Rust's own start does: a reader that is gone is an error of a write, not the end of us.
     if let Err(error) = sys::ignore_broken_pipes() {
         eprintln!("bulkhead-vmm: cannot ignore SIGPIPE: {error}");

@@ -92,6 +92,14 @@ pub(crate) fn ignore_broken_pipes() -> io::Result<()> {
     Ok(())
 }
 
+/// Has all threads share two heaps. The C library gives a heap to each thread, and with the ninth it asks for the
+/// number of processors, which the filters of system calls forbid; few threads here allocate, and little.
+pub(crate) fn share_heaps() {
+    // SAFETY: sets a number in the C library, before there is a second thread.
+    let set = unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
+    debug_assert_eq!(set, 1, "M_ARENA_MAX is known to the C library we are linked with");
+}
+
 /// The signal that makes a processor's thread leave KVM_RUN.
 pub(crate) const KICK: i32 = libc::SIGUSR1;
 

@@ -12,7 +12,7 @@ pub struct BlockBinding {
     pub path: PathBuf,
 }
 
-/// What backs a network card: a tap that exists.
+/// What backs a network card: a tap. One that does not exist is made, and goes with the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetBinding {
     /// Its name.
@@ -36,6 +36,9 @@ pub struct Bindings {
     pub blocks: Vec<BlockBinding>,
     /// One for each network card of the shape, in the same order.
     pub nets: Vec<NetBinding>,
+    /// The network namespace that the VMM runs in, by which others find that of its pod; an empty one of its
+    /// own if there is none.
+    pub netns: Option<PathBuf>,
     /// Directory for the sockets of the machine's helper programs; private to the machine.
     pub run_dir: PathBuf,
 }

@@ -62,6 +62,9 @@ pub struct Identity {
     pub uid: u32,
     /// Group id on the host, never 0.
     pub gid: u32,
+    /// It was started in the network namespace of its pod and stays there: by its pid that namespace is
+    /// found. Else it makes an empty one.
+    pub in_pod_network: bool,
 }
 
 /// The first message.

@@ -1,19 +1,14 @@
 //! What a machine stands on: opened here, by name, for a process that opens nothing.
 //! Knows files and what is wrong with them; sends nothing.
-#![allow(unsafe_code)]
 
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::{
-        fd::AsRawFd,
-        unix::fs::{FileTypeExt, OpenOptionsExt},
-    },
-    path::{Path, PathBuf},
+    os::unix::fs::FileTypeExt,
+    path::Path,
 };
 
-use bulkhead_vmm_spec::{Bindings, NetBinding, Shape};
-use nix::sched::{CloneFlags, setns};
+use bulkhead_vmm_spec::{Bindings, Shape};
 
 use super::MINIMUM_MEMORY;
 use crate::{LaunchError, probe};
@@ -78,43 +73,4 @@ pub(super) fn disk(path: &Path, read_only: bool) -> Result<File, LaunchError> {
 /// Opens /dev/vhost-net, where the host has it.
 pub(super) fn vhost_net() -> Option<File> {
     OpenOptions::new().read(true).write(true).open("/dev/vhost-net").ok()
-}
-
-/// Opens a tap that exists, in its network namespace.
-pub(super) fn tap(net: &NetBinding) -> Result<File, LaunchError> {
-    let NetBinding { tap, netns } = net.clone();
-    let name = tap.clone();
-    let opened = match netns {
-        None => open_tap(&tap),
-        // A thread's network namespace is its own: this one enters it, opens the tap and ends.
-        Some(netns) => std::thread::spawn(move || enter(netns).and_then(|()| open_tap(&tap)))
-            .join()
-            .unwrap_or_else(|_| Err(io::Error::other("the thread that opens it ended"))),
-    };
-    opened.map_err(|e| LaunchError::system(format!("open the tap {name}"), e))
-}
-
-fn enter(netns: PathBuf) -> io::Result<()> {
-    Ok(setns(File::open(netns)?, CloneFlags::CLONE_NEWNET)?)
-}
-
-fn open_tap(name: &str) -> io::Result<File> {
-    // From linux/if_tun.h: _IOW('T', 202, int).
-    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-    let tun =
-        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
-    // SAFETY: an all-zero ifreq is valid: integers and byte arrays.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    if name.is_empty() || name.len() >= libc::IFNAMSIZ {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a name has 1 to 15 bytes"));
-    }
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from as libc::c_char;
-    }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    // SAFETY: the kernel reads and writes one ifreq, which outlives the call.
-    match unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut request) } {
-        0 => Ok(tun),
-        _ => Err(io::Error::last_os_error()),
-    }
 }

@@ -39,10 +39,10 @@ pub use self::broker::CommandError;
 use self::{broker::Broker, channel::Channel};
 use crate::{
     Hypervisor, Journal, LaunchError, Machine, MachineEnd,
-    child::{Child, ChildSpec},
+    child::{Child, ChildSpec, Network},
     family::{Console, Family},
     helper::{HELPER_DEADLINE, ended, late, record, spawn},
-    share,
+    network, share,
     socket::{self, Names},
 };
 
@@ -134,7 +134,7 @@ impl Builtin {
         }
         let mut nets = Vec::new();
         for net in &bindings.nets {
-            let tap = parcel.add(files::tap(net)?);
+            let tap = parcel.add(network::tap(net)?);
             nets.push(NetSlots { tap, vhost: files::vhost_net().map(|fd| parcel.add(fd)) });
         }
 
@@ -152,11 +152,11 @@ impl Builtin {
         let share = connection.map(|fd| parcel.add(fd));
         let slots = Slots { kvm, kernel, initrd, vsock, share, blocks, nets };
         let id = FIRST_ID + std::process::id();
-        let identity = Identity { uid: id, gid: id };
+        let identity = Identity { uid: id, gid: id, in_pod_network: bindings.netns.is_some() };
         let boot = Boot { shape: shape.clone(), slots, identity };
 
         let (console, stdout) = Console::new();
-        let (mut vmm, channel) = self.start(stdout)?;
+        let (mut vmm, channel) = self.start(stdout, network::of_vmm(bindings)?)?;
         record(&vmm, journal)?;
         self.boot(&mut vmm, &channel, &boot, &parcel).await?;
         let broker = Arc::new(Broker::new(channel, bindings.vsock.clone()));
@@ -169,7 +169,11 @@ impl Builtin {
     }
 
     /// Starts the program, which waits for its first message.
-    fn start(&self, stdout: crate::child::LineSink) -> Result<(Child, Channel), LaunchError> {
+    fn start(
+        &self,
+        stdout: crate::child::LineSink,
+        network: Network,
+    ) -> Result<(Child, Channel), LaunchError> {
         let failed = |e: nix::Error| LaunchError::system("make a control socket", e);
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) =
@@ -179,6 +183,7 @@ impl Builtin {
         spec.args = vec!["--control-fd".into(), theirs.as_raw_fd().to_string().into()];
         spec.fds = vec![theirs];
         spec.stdout = stdout;
+        spec.network = network;
         spec.own_pids = true;
         Ok((spawn(spec)?, channel))
     }

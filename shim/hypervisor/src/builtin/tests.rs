@@ -39,5 +39,5 @@ fn files_of_the_wrong_kind_are_named_with_their_role() {
     let text = files::disk(&binding.path, true).unwrap_err().to_string();
     assert!(text.contains("neither a regular file nor a block device"), "{text}");
     let net = bulkhead_vmm_spec::NetBinding { tap: "a-name-that-is-too-long".into(), netns: None };
-    assert!(files::tap(&net).unwrap_err().to_string().contains("a-name-that-is-too-long"));
+    assert!(crate::network::tap(&net).unwrap_err().to_string().contains("a-name-that-is-too-long"));
 }

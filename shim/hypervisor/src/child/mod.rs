@@ -53,6 +53,18 @@ impl fmt::Display for Exit {
     }
 }
 
+/// The network namespace of a program.
+#[derive(Debug, Default)]
+pub enum Network {
+    /// That of the thread which starts it.
+    #[default]
+    Inherited,
+    /// One of its own, where there is nothing.
+    Own,
+    /// This one.
+    Of(OwnedFd),
+}
+
 /// What to run and how.
 pub struct ChildSpec {
     /// What the program is for us; names it in logs and errors.
@@ -67,8 +79,8 @@ pub struct ChildSpec {
     pub fds: Vec<OwnedFd>,
     /// Takes each line of standard output, besides the log.
     pub stdout: LineSink,
-    /// Runs in a network namespace of its own, where there is nothing.
-    pub own_network: bool,
+    /// Where it runs.
+    pub network: Network,
     /// Is the first process of a pid namespace of its own.
     pub own_pids: bool,
 }
@@ -83,7 +95,7 @@ impl ChildSpec {
             env: Vec::new(),
             fds: Vec::new(),
             stdout: Box::new(|_| ()),
-            own_network: false,
+            network: Network::Inherited,
             own_pids: false,
         }
     }
@@ -106,7 +118,7 @@ impl Child {
     /// Starts a program: session of its own, standard input empty, output kept as lines.
     /// Must be called in a tokio runtime. An error means that the program was not executed.
     pub fn spawn(spec: ChildSpec) -> io::Result<Self> {
-        let ChildSpec { name, program, args, env, fds, stdout, own_network, own_pids } = spec;
+        let ChildSpec { name, program, args, env, fds, stdout, network, own_pids } = spec;
         let (out, out_writer) = pipe()?;
         let (err, err_writer) = pipe()?;
         let mut command = Command::new(&program);
@@ -116,9 +128,9 @@ impl Child {
             command.env("PATH", path);
         }
         command.stdin(Stdio::null()).stdout(out_writer).stderr(err_writer);
-        sys::prepare(&mut command, fds.iter().map(AsRawFd::as_raw_fd).collect(), own_network, own_pids);
+        sys::prepare(&mut command, fds.iter().map(AsRawFd::as_raw_fd).collect(), &network, own_pids);
         let mut process = if own_pids { sys::in_new_pids(|| command.spawn())? } else { command.spawn()? };
-        drop((command, fds));
+        drop((command, fds, network));
         let pid = process.id() as i32;
         let (pidfd, start_time_ticks) = match watch(pid) {
             // std's handle is dropped without a wait: what reaps is the pidfd.

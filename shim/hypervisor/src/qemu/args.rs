@@ -33,6 +33,8 @@ pub(super) struct Wiring<'a> {
     pub(super) vsock: RawFd,
     /// QEMU's driver for each block device: `file` or `host_device`.
     pub(super) block_drivers: &'a [&'static str],
+    /// The tap of each network card.
+    pub(super) taps: Vec<RawFd>,
 }
 
 /// Arguments of QEMU.
@@ -82,7 +84,18 @@ pub(super) fn qemu(shape: &Shape, bindings: &Bindings, wiring: &Wiring<'_>) -> V
             format!("virtio-blk-device,drive=block{slot},serial={}", escaped(&block.serial)),
         );
     }
+    for (slot, (net, fd)) in shape.nets.iter().zip(&wiring.taps).enumerate() {
+        // The kernel moves no frames for a guest that is emulated: QEMU's own thread reads and writes the tap.
+        args.pair("-netdev", format!("tap,id=net{slot},fd={fd},vhost=off"));
+        let mtu = net.mtu.map(|mtu| format!(",host_mtu={mtu}")).unwrap_or_default();
+        args.pair("-device", format!("virtio-net-device,netdev=net{slot},mac={}{mtu}", hex(&net.mac)));
+    }
     args.0
+}
+
+/// A hardware address as people write it.
+fn hex(mac: &[u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// Arguments of vhost-device-vsock, which makes both sockets.

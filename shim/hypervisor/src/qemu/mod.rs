@@ -39,7 +39,7 @@ use crate::{
     child::{Child, ChildSpec},
     family::{Console, Family},
     helper::{HELPER_DEADLINE, ended, late, record, spawn},
-    share,
+    network, share,
     socket::{self, Names},
 };
 
@@ -158,6 +158,7 @@ impl Hypervisor for Qemu {
     ) -> Result<Box<dyn Machine>, LaunchError> {
         check(shape, bindings)?;
         let block_drivers = open_all(bindings)?;
+        let taps: Vec<OwnedFd> = bindings.nets.iter().map(network::tap).collect::<Result<_, _>>()?;
         // An error below drops what was started, the last first: it is ended and reaped, then its
         // sockets go. The vsock device makes its own again when QEMU has left.
         let sockets = Names(vec![bindings.vsock.clone(), bindings.run_dir.join(VSOCK_DEVICE_SOCKET)]);
@@ -176,15 +177,14 @@ impl Hypervisor for Qemu {
             share: share_connection.as_ref().map(AsRawFd::as_raw_fd),
             vsock: vsock_connection.as_raw_fd(),
             block_drivers: &block_drivers,
+            taps: taps.iter().map(AsRawFd::as_raw_fd).collect(),
         };
         let (console, stdout) = Console::new();
         let mut spec = ChildSpec::new(QEMU, &self.config.qemu);
         spec.args = args::qemu(shape, bindings, &wiring);
         spec.stdout = stdout;
-        spec.fds = share_connection.into_iter().chain([vsock_connection]).collect();
-        // The VMM needs no network, and its pid is the task's: whoever sets up the network of "the task's
-        // namespace" must not find that of the host.
-        spec.own_network = true;
+        spec.fds = share_connection.into_iter().chain([vsock_connection]).chain(taps).collect();
+        spec.network = network::of_vmm(bindings)?;
         let qemu = spawn(spec)?;
         record(&qemu, journal)?;
         let helpers = virtiofsd.into_iter().chain([vsock]).collect();
@@ -236,10 +236,13 @@ fn check(shape: &Shape, bindings: &Bindings) -> Result<(), LaunchError> {
             "each needs one".into(),
         );
     }
-    if !shape.nets.is_empty() {
-        return impossible("a network card".into(), "this backend has none yet".into());
+    if shape.nets.len() != bindings.nets.len() {
+        return impossible(
+            format!("{} network cards on {} taps", shape.nets.len(), bindings.nets.len()),
+            "each needs one".into(),
+        );
     }
-    let slots = 1 + usize::from(shape.share_tag.is_some()) + shape.blocks.len();
+    let slots = 1 + usize::from(shape.share_tag.is_some()) + shape.blocks.len() + shape.nets.len();
     if slots > MAX_DEVICES {
         return impossible(format!("a machine of {slots} devices"), format!("it has {MAX_DEVICES} slots"));
     }

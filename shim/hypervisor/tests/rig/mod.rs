@@ -139,6 +139,7 @@ impl Rig {
             vsock: path("vsock"),
             blocks: Vec::new(),
             nets: Vec::new(),
+            netns: None,
             run_dir: dir.path().into(),
         };
         Self { dir, shape, bindings, journal: Recorded::default(), listener }

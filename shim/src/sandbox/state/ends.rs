@@ -70,6 +70,7 @@ impl Sandbox {
         }
         self.machine = Machine::Ended(end.clone());
         let fault = Fault::new(Kind::Unavailable, format!("the sandbox's machine has ended: {}", end.reason));
+        self.pod_lost(&end, &fault);
         let ids: Vec<ContainerId> = self.containers.keys().cloned().collect();
         for id in ids {
             let container = &self.containers[&id];

@@ -8,6 +8,8 @@ impl Sandbox {
     pub(super) fn done(&mut self, done: Done) {
         match done {
             Done::Boot(result) => self.booted(result),
+            Done::PlanPod(result) => self.pod_planned(result),
+            Done::Halt => {}
             Done::Prepare(id, result) => self.prepared(&id, result),
             Done::GuestCreate(id, result) => self.created(&id, result),
             Done::GuestStart(id, result) => self.started(&ProcessKey::init(&id), result),
@@ -15,7 +17,9 @@ impl Sandbox {
             Done::Release(id) => self.released(&id),
             Done::Ask(ticket, ask, result) => self.answered(ticket, ask, result),
             Done::Teardown(result) => {
-                for ticket in std::mem::take(&mut self.shutdown) {
+                let mut tickets = std::mem::take(&mut self.shutdown);
+                tickets.extend(self.pod.take_shutdowns());
+                for ticket in tickets {
                     self.reply(ticket, result.clone().map(|()| Reply::Empty));
                 }
                 self.out.push(Effect::Quit);
@@ -27,9 +31,12 @@ impl Sandbox {
         if !matches!(self.machine, Machine::Booting) {
             return;
         }
+        if let Ok(pid) = result {
+            self.machine = Machine::Ready { pid };
+        }
+        self.pod_booted(&result);
         match result {
-            Ok(pid) => {
-                self.machine = Machine::Ready { pid };
+            Ok(_) => {
                 let waiting: Vec<ContainerId> = self.containers.keys().cloned().collect();
                 for id in waiting {
                     self.create_in_guest(&id);
@@ -50,13 +57,16 @@ impl Sandbox {
         }
     }
 
-    fn prepared(&mut self, id: &ContainerId, result: Result<(), Fault>) {
+    fn prepared(&mut self, id: &ContainerId, result: Result<Role, Fault>) {
         let Some(container) = self.containers.get_mut(id) else { return };
         match &mut container.init.phase {
             Phase::Creating { prepared, .. } => {
                 *prepared = true;
                 match result {
-                    Ok(()) => self.create_in_guest(id),
+                    Ok(role) => {
+                        container.role = role;
+                        self.create_in_guest(id);
+                    }
                     Err(fault) => self.fail_create(id, fault),
                 }
             }
@@ -188,6 +198,7 @@ impl Sandbox {
                 self.reply(ticket, Err(not_there()));
             }
         } else {
+            self.pod_deleted |= container.role == Role::Sandbox;
             let exit = container.init.exit.expect("only an ended container is released");
             let pid = container.init.pid;
             self.out.push(Effect::Publish(Event::Delete(ProcessKey::init(id), pid, exit)));

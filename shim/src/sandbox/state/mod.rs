@@ -20,6 +20,7 @@ use std::collections::BTreeMap;
 
 mod ends;
 mod jobs;
+mod pod;
 mod requests;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,7 @@ use super::model::*;
 use crate::{
     error::{Fault, Kind},
     ids::{ContainerId, ExecId, ProcessKey},
+    plan::Role,
 };
 
 const SIGKILL: u32 = 9;
@@ -101,6 +103,8 @@ impl Process {
 #[derive(Debug)]
 struct Container {
     request: Box<CreateRequest>,
+    /// Known once its specification was read.
+    role: Role,
     init: Process,
     execs: BTreeMap<ExecId, Process>,
     paused: bool,
@@ -111,7 +115,12 @@ struct Container {
 pub struct Sandbox {
     machine: Machine,
     containers: BTreeMap<ContainerId, Container>,
+    pod: pod::PodBooks,
     shutdown: Vec<Ticket>,
+    /// The container that stands for the pod was deleted.
+    pod_deleted: bool,
+    /// Shutdown was asked for after that and is not asked for again.
+    end_when_empty: bool,
     tearing_down: bool,
     out: Vec<Effect>,
 }
@@ -139,7 +148,10 @@ impl Sandbox {
         Self {
             machine: Machine::Absent,
             containers: BTreeMap::new(),
+            pod: pod::PodBooks::default(),
             shutdown: Vec::new(),
+            pod_deleted: false,
+            end_when_empty: false,
             tearing_down: false,
             out: Vec::new(),
         }
@@ -174,6 +186,7 @@ impl Sandbox {
             }
             Input::Expired(deadline) => self.expired(deadline),
         }
+        self.wind_up_pod();
         std::mem::take(&mut self.out)
     }
 

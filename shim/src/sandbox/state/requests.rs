@@ -7,6 +7,7 @@ use super::*;
 impl Sandbox {
     pub(super) fn request(&mut self, ticket: Ticket, request: Request) -> Result<(), Fault> {
         match request {
+            Request::Pod(request) => self.pod_request(ticket, request),
             Request::Create(create) => self.create(ticket, create),
             Request::Start(key) => self.start(ticket, &key),
             Request::Exec { container, exec, io, process } => self.exec(ticket, container, exec, io, process),
@@ -45,10 +46,22 @@ impl Sandbox {
                 self.ask(ticket, Ask::Update(container, resources))
             }
             Request::Stats(id) => {
-                self.alive(&id, "measured")?;
+                // Also of one that has ended: containerd wants to know whether it was for want of memory.
+                if matches!(
+                    self.container_mut(&id)?.init.phase,
+                    Phase::Creating { .. } | Phase::Releasing { .. }
+                ) {
+                    let text = format!("container {id} is not running and cannot be measured");
+                    return Err(Fault::new(Kind::FailedPrecondition, text));
+                }
                 self.ask(ticket, Ask::Stats(id))
             }
             Request::Pids(id) => self.pids(ticket, id),
+            // A pod of the sandbox API has a Shutdown of its own, and may be without containers.
+            Request::Shutdown if self.pod.is_there() => {
+                self.reply(ticket, Ok(Reply::Empty));
+                Ok(())
+            }
             Request::Shutdown => {
                 self.shutdown.push(ticket);
                 self.shut_down_when_empty();
@@ -109,6 +122,9 @@ impl Sandbox {
             let text = format!("container {} already exists", request.id);
             return Err(Fault::new(Kind::AlreadyExists, text));
         }
+        if self.pod.is_there() && !self.machine_lives() {
+            return Err(Fault::new(Kind::FailedPrecondition, "the sandbox was not started"));
+        }
         let phase = Phase::Creating { ticket, prepared: false, killed: false };
         let init = Process::new(phase, request.io.clone());
         if matches!(self.machine, Machine::Absent) {
@@ -116,7 +132,13 @@ impl Sandbox {
             self.out.push(Effect::Start(Job::Boot(request.clone())));
         }
         self.out.push(Effect::Start(Job::Prepare(request.clone())));
-        let container = Container { request: request.clone(), init, execs: BTreeMap::new(), paused: false };
+        let container = Container {
+            request: request.clone(),
+            role: Role::Alone,
+            init,
+            execs: BTreeMap::new(),
+            paused: false,
+        };
         self.containers.insert(request.id, container);
         Ok(())
     }
@@ -278,7 +300,7 @@ impl Sandbox {
     }
 
     pub(super) fn shut_down_when_empty(&mut self) {
-        if self.shutdown.is_empty() || self.tearing_down {
+        if self.tearing_down || (self.shutdown.is_empty() && !self.end_when_empty) {
             return;
         }
         if self.containers.is_empty() {
@@ -286,7 +308,9 @@ impl Sandbox {
             self.out.push(Effect::Start(Job::Teardown));
             return;
         }
-        // Asked while containers remain: said yes and ignored, as containerd expects of a group's shim.
+        // Asked while containers remain: said yes and ignored, as containerd expects of a group's shim. But
+        // for a pod it asks once, after it has deleted the pod: then the last container ends it.
+        self.end_when_empty |= self.pod_deleted && !self.shutdown.is_empty();
         for ticket in std::mem::take(&mut self.shutdown) {
             self.reply(ticket, Ok(Reply::Empty));
         }

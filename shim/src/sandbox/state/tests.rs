@@ -96,11 +96,22 @@ impl World {
         // A guest that is gone answers nobody well.
         let guest = if well && self.machine_lives { Ok(()) } else { Err(fault()) };
         let done = match job {
-            Job::Boot(_) => {
+            Job::PlanPod(_) => Done::PlanPod(if well { Ok(()) } else { Err(fault()) }),
+            Job::Halt => {
+                if std::mem::take(&mut self.machine_lives) {
+                    self.feed(Input::MachineEnded(ended()));
+                }
+                Done::Halt
+            }
+            Job::Boot(_) | Job::BootPod => {
                 self.machine_lives = well;
                 Done::Boot(if well { Ok(42) } else { Err(fault()) })
             }
-            Job::Prepare(request) => Done::Prepare(request.id, if well { Ok(()) } else { Err(fault()) }),
+            Job::Prepare(request) => {
+                // The one that is called "a" stands for the pod.
+                let role = if request.id == id("a") { Role::Sandbox } else { Role::Member };
+                Done::Prepare(request.id, if well { Ok(role) } else { Err(fault()) })
+            }
             Job::GuestCreate(id) => Done::GuestCreate(id, guest),
             Job::GuestStart(id) => Done::GuestStart(id, guest),
             Job::GuestExec { key, .. } => Done::GuestExec(key, guest),
@@ -334,6 +345,105 @@ fn t4_shutdown_is_ignored_while_a_container_remains() {
 }
 
 #[test]
+fn t4_a_shutdown_after_the_pod_was_deleted_ends_it_with_its_last_container() {
+    let mut world = World::running("a");
+    world.ask(create("b"));
+    while !world.jobs.is_empty() {
+        world.finish(0, true);
+    }
+    world.feed(Input::GuestExit(key("a", ""), exit(137)));
+    world.feed(Input::StreamsClosed(key("a", "")));
+    world.ask(Request::Delete(key("a", "")));
+    world.finish(0, true);
+    let shutdown = world.ask(Request::Shutdown);
+    assert_eq!(world.reply(shutdown), &Ok(Reply::Empty));
+    assert!(world.jobs.is_empty() && !world.quit, "a container remains");
+    world.feed(Input::GuestExit(key("b", ""), exit(0)));
+    world.feed(Input::StreamsClosed(key("b", "")));
+    world.ask(Request::Delete(key("b", "")));
+    world.finish(0, true);
+    world.finish(0, true);
+    assert!(world.quit);
+}
+
+impl World {
+    fn pod(&mut self, request: PodRequest) -> Ticket {
+        self.ask(Request::Pod(request))
+    }
+
+    /// A pod of the sandbox API whose machine runs.
+    fn with_pod() -> Self {
+        let mut world = Self::default();
+        let created = world.pod(pod_create());
+        world.finish(0, true);
+        assert_eq!(world.reply(created), &Ok(Reply::Empty));
+        let started = world.pod(PodRequest::Start);
+        world.finish(0, true);
+        assert_eq!(world.reply(started), &Ok(Reply::Pid(42)));
+        world
+    }
+
+    fn ready(&mut self) -> bool {
+        let status = self.pod(PodRequest::Status);
+        matches!(self.reply(status), Ok(Reply::PodStatus { ready: true, pid: 42, exit: None }))
+    }
+}
+
+#[test]
+fn c4_a_pod_lives_without_containers_until_it_is_shut_down() {
+    let mut world = World::with_pod();
+    assert!(world.ready());
+    let shutdown = world.ask(Request::Shutdown);
+    assert_eq!(world.reply(shutdown), &Ok(Reply::Empty), "the task service's own means nothing");
+    assert!(world.ready());
+    let wait = world.pod(PodRequest::Wait);
+    let stop = world.pod(PodRequest::Stop { at: SystemTime::UNIX_EPOCH });
+    assert!(world.waiting.contains(&stop), "not told before the machine has ended");
+    world.finish(0, true);
+    assert_eq!(world.reply(stop), &Ok(Reply::Empty));
+    assert!(matches!(world.reply(wait), Ok(Reply::Exit(ExitInfo { status: 0, .. }))), "it was asked for");
+    assert!(!world.ready() && !world.quit);
+    world.pod(PodRequest::Shutdown);
+    world.finish(0, true);
+    assert!(world.quit);
+}
+
+#[test]
+fn c5_a_pod_whose_machine_dies_is_not_ready_and_never_a_success() {
+    let mut world = World::with_pod();
+    let wait = world.pod(PodRequest::Wait);
+    world.machine_lives = false;
+    world.feed(Input::MachineEnded(MachineEnd { status: 0, ..ended() }));
+    assert!(matches!(world.reply(wait), Ok(Reply::Exit(exit)) if exit.status != 0));
+    assert!(!world.ready());
+}
+
+#[test]
+fn c5_a_shutdown_takes_every_container_with_it() {
+    let mut world = World::with_pod();
+    world.ask(create("c"));
+    while !world.jobs.is_empty() {
+        world.finish(0, true);
+    }
+    let shutdown = world.pod(PodRequest::Shutdown);
+    world.wind_up();
+    assert!(world.quit);
+    assert_eq!(world.reply(shutdown), &Ok(Reply::Empty));
+    assert_eq!(world.exits(), [(String::new(), 137)]);
+}
+
+#[test]
+fn a_pod_that_is_refused_can_be_shut_down() {
+    let mut world = World::default();
+    let created = world.pod(pod_create());
+    world.finish(0, false);
+    assert_eq!(world.reply(created), &Err(fault()));
+    world.pod(PodRequest::Shutdown);
+    world.finish(0, true);
+    assert!(world.quit);
+}
+
+#[test]
 fn t8_a_silent_guest_still_has_a_process() {
     let mut world = World::running("c");
     let pids = world.ask(Request::Pids(id("c")));
@@ -407,6 +517,23 @@ fn requests() -> impl Strategy<Value = Request> {
         1 => container().prop_map(Request::Connect),
         3 => processes().prop_map(Request::Delete),
         1 => Just(Request::Shutdown),
+        3 => pod_requests().prop_map(Request::Pod),
+    ]
+}
+
+fn pod_create() -> PodRequest {
+    PodRequest::Create(Box::new(CreatePod { config: Vec::new(), netns: "/netns".into() }))
+}
+
+fn pod_requests() -> impl Strategy<Value = PodRequest> {
+    prop_oneof![
+        4 => Just(pod_create()),
+        4 => Just(PodRequest::Start),
+        2 => Just(PodRequest::Stop { at: SystemTime::UNIX_EPOCH }),
+        2 => Just(PodRequest::Wait),
+        1 => Just(PodRequest::Status),
+        1 => Just(PodRequest::Stats),
+        1 => Just(PodRequest::Shutdown),
     ]
 }
 
@@ -486,6 +613,10 @@ proptest! {
         }
         world.wind_up();
         if !world.quit {
+            // A pod that was never started has nothing to end.
+            let end = world.ask(Request::Pod(PodRequest::Stop { at: SystemTime::UNIX_EPOCH }));
+            world.wind_up();
+            prop_assert!(world.replies.contains_key(&end));
             // Execs that were never started have nothing to end; everybody else has been answered.
             let idle: BTreeSet<Ticket> = world
                 .sandbox

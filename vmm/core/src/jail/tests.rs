@@ -12,7 +12,7 @@ const ID: u32 = 1_900_000_001;
 
 /// In the jail: says so, then waits until the outside has looked.
 fn prisoner() {
-    enter(Identity { uid: ID, gid: ID }).expect("enter the jail");
+    enter(Identity { uid: ID, gid: ID, in_pod_network: false }).expect("enter the jail");
     println!("\njailed");
     let _ = std::io::stdin().read(&mut [0]);
     for path in ["/proc/self", "/etc/passwd", "/new"] {
@@ -83,7 +83,7 @@ fn whoever_enters_is_nobody_and_sees_nothing() {
 
 #[test]
 fn root_is_refused() {
-    for identity in [Identity { uid: 0, gid: 1 }, Identity { uid: 1, gid: 0 }] {
+    for identity in [(0, 1), (1, 0)].map(|(uid, gid)| Identity { uid, gid, in_pod_network: false }) {
         assert!(matches!(enter(identity), Err(JailError::Root(..))));
     }
 }

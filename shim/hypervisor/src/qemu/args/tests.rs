@@ -1,4 +1,4 @@
-use bulkhead_vmm_spec::{BlockBinding, BlockShape};
+use bulkhead_vmm_spec::{BlockBinding, BlockShape, NetShape};
 
 use super::*;
 use crate::testing::shape_and_bindings;
@@ -11,6 +11,7 @@ fn wiring() -> Wiring<'static> {
         share: Some(11),
         vsock: 12,
         block_drivers: &[],
+        taps: Vec::new(),
     }
 }
 
@@ -54,6 +55,25 @@ fn golden_machine_with_a_share() {
 -device vhost-user-fs-device,chardev=share,tag=share
 ";
     assert_eq!(shown(&qemu(&shape, &bindings, &wiring())), expected);
+}
+
+#[test]
+fn golden_network_cards() {
+    let (mut shape, bindings) = shape_and_bindings();
+    shape.nets = vec![
+        NetShape { mac: [2, 0xb, 0, 0, 0, 0], mtu: None },
+        NetShape { mac: [2, 0xb, 0, 0, 0, 1], mtu: Some(9000) },
+    ];
+    let mut wiring = wiring();
+    wiring.taps = vec![13, 14];
+    let shown = shown(&qemu(&shape, &bindings, &wiring));
+    let expected = "
+-netdev tap,id=net0,fd=13,vhost=off
+-device virtio-net-device,netdev=net0,mac=02:0b:00:00:00:00
+-netdev tap,id=net1,fd=14,vhost=off
+-device virtio-net-device,netdev=net1,mac=02:0b:00:00:00:01,host_mtu=9000
+";
+    assert!(shown.ends_with(expected), "{shown}");
 }
 
 #[test]

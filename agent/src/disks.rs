@@ -1,0 +1,120 @@
+//! Disks of the machine that stand for block devices of the host.
+//! Knows sysfs and device numbers; must not know whose devices they are.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use bulkhead_proto::agent::Disk;
+use oci_spec::runtime::{Linux, LinuxDeviceType};
+
+/// Where the kernel lists disks.
+const BLOCK: &str = "/sys/block";
+
+/// Numbers of a device: major, minor.
+type Numbers = (i64, i64);
+
+/// The guest's numbers for some of the host's.
+#[derive(Debug, Default)]
+pub(crate) struct Disks(Vec<(Numbers, Numbers)>);
+
+impl Disks {
+    /// Finds the disks by their serial numbers.
+    ///
+    /// # Errors
+    /// One is missing, or the kernel does not tell.
+    pub(crate) fn find(wanted: &[Disk]) -> io::Result<Self> {
+        wanted
+            .iter()
+            .map(|disk| Ok(((disk.major, disk.minor), numbers(Path::new(BLOCK), &disk.serial)?)))
+            .collect()
+    }
+
+    /// Puts the guest's numbers in the place of the host's: in the list of devices and in the rules for them.
+    pub(crate) fn translate(&self, linux: &mut Linux) {
+        let guests =
+            |major, minor| self.0.iter().find(|(host, _)| *host == (major, minor)).map(|(_, guest)| *guest);
+        let mut devices = linux.devices().clone().unwrap_or_default();
+        for device in devices.iter_mut().filter(|d| d.typ() == LinuxDeviceType::B) {
+            if let Some((major, minor)) = guests(device.major(), device.minor()) {
+                device.set_major(major).set_minor(minor);
+            }
+        }
+        linux.set_devices(Some(devices));
+        let Some(mut resources) = linux.resources().clone() else { return };
+        let mut rules = resources.devices().clone().unwrap_or_default();
+        for rule in rules.iter_mut().filter(|r| r.typ() == Some(LinuxDeviceType::B)) {
+            if let (Some(major), Some(minor)) = (rule.major(), rule.minor())
+                && let Some((major, minor)) = guests(major, minor)
+            {
+                rule.set_major(Some(major)).set_minor(Some(minor));
+            }
+        }
+        resources.set_devices(Some(rules));
+        linux.set_resources(Some(resources));
+    }
+}
+
+impl FromIterator<(Numbers, Numbers)> for Disks {
+    fn from_iter<T: IntoIterator<Item = (Numbers, Numbers)>>(pairs: T) -> Self {
+        Self(pairs.into_iter().collect())
+    }
+}
+
+fn numbers(block: &Path, serial: &str) -> io::Result<Numbers> {
+    let of = |file: PathBuf| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
+    for entry in fs::read_dir(block)?.flatten() {
+        if of(entry.path().join("serial")) == serial {
+            let numbers = of(entry.path().join("dev"));
+            let pair = numbers.split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+            return pair
+                .ok_or_else(|| io::Error::other(format!("disk {serial} has the numbers {numbers:?}")));
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("the guest has no disk {serial}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_is_found_by_its_serial() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, serial, dev) in [("vda", "one", "254:0"), ("vdb", "two", "254:16")] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+            fs::write(dir.path().join(name).join("serial"), serial).unwrap();
+            fs::write(dir.path().join(name).join("dev"), format!("{dev}\n")).unwrap();
+        }
+        fs::create_dir(dir.path().join("loop0")).unwrap();
+        assert_eq!(numbers(dir.path(), "two").unwrap(), (254, 16));
+        let missing = numbers(dir.path(), "three").unwrap_err().to_string();
+        assert_eq!(missing, "the guest has no disk three");
+    }
+
+    #[test]
+    fn devices_and_their_rules_get_the_guests_numbers() {
+        let mut linux: Linux = serde_json::from_value(json!({
+            "devices": [
+                {"path": "/dev/disk", "type": "b", "major": 8, "minor": 1},
+                {"path": "/dev/null", "type": "c", "major": 8, "minor": 1},
+            ],
+            "resources": {"devices": [
+                {"allow": false, "access": "rwm"},
+                {"allow": true, "type": "b", "major": 8, "minor": 1, "access": "r"},
+                {"allow": true, "type": "b", "major": 8, "minor": 2, "access": "r"},
+            ]},
+        }))
+        .unwrap();
+        let disks: Disks = [((8, 1), (254, 16))].into_iter().collect();
+        disks.translate(&mut linux);
+        let devices: Vec<_> = linux.devices().iter().flatten().map(|d| (d.major(), d.minor())).collect();
+        assert_eq!(devices, [(254, 16), (8, 1)]);
+        let resources = linux.resources().clone().unwrap();
+        let rules: Vec<_> = resources.devices().iter().flatten().map(|r| (r.major(), r.minor())).collect();
+        assert_eq!(rules, [(None, None), (Some(254), Some(16)), (Some(8), Some(2))]);
+    }
+}

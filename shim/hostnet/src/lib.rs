@@ -1,0 +1,35 @@
+//! The host's side of a pod's network: its namespace, the links in it, taps, and what joins them.
+//! Knows the host's kernel; knows nothing of machines, guests and containers. All of it blocks for a moment.
+//!
+//! ```text
+//!   network namespace of the pod                                  machine
+//!  ┌──────────────────────────────────────────────────┐
+//!  │  eth0 ──ingress: mirred redirect──▶ bhtap0 ──────│──fd──▶ network card
+//!  │   ▲                                   │          │
+//!  │   └──────redirect mirred :ingress─────┘          │
+//!  └──────────────────────────────────────────────────┘
+//! ```
+//! * A link stays what it is and keeps its addresses: whatever it is made of, frames go in and out by its own
+//!   transmit and receive paths, and its counters stay true. Only what it receives no longer reaches the
+//!   namespace's own stack.
+//! * A tap belongs to the process that holds its descriptor, and goes with it. On the link stays a rule, and
+//!   perhaps the queueing discipline that we made for it: an [`Undo`] says how to take them back.
+//! * This crate is the only one that enters network namespaces: on a thread that does so and ends.
+
+mod bpf;
+mod error;
+mod forward;
+mod join;
+mod netns;
+mod scan;
+mod sys;
+
+pub use error::NetError;
+pub use forward::Forwarder;
+pub use join::{Undo, join, undo};
+pub use netns::Netns;
+pub use scan::{Link, Network};
+pub use sys::open_tap;
+
+/// What the names of our taps begin with, in the pod's network namespace.
+pub const TAP: &str = "bhtap";

@@ -1,0 +1,47 @@
+//! Further processes in a container, by crictl.
+
+use anyhow::{Result, ensure};
+use harness::{Context, Test};
+
+use crate::SLEEPER;
+
+pub(crate) const TESTS: &[Test] = &[
+    Test::common("exec::the_output_and_the_exit_status_come_back", sync),
+    Test::common("exec::input_reaches_it_and_its_end_too", stdin),
+    Test::common("exec::a_missing_program_is_named", missing),
+    Test::common("exec::one_that_is_late_is_ended", late),
+];
+
+fn sync(t: &mut Context<'_>) -> Result<()> {
+    let pod = t.pod("p", |_| {})?;
+    let a = t.run_in(&pod, "a", SLEEPER)?;
+    let exec = t.crictl()?.args(["exec", "-s", &a, "sh", "-c", "echo out; echo err >&2; exit 7"]).output()?;
+    exec.expect_failure()?.expect_stderr(&["exited with 7: err"])?;
+    ensure!(t.crictl_ok(&["exec", "-s", &a, "echo", "fine"])? == "fine");
+    t.remove_pod(&pod)
+}
+
+fn stdin(t: &mut Context<'_>) -> Result<()> {
+    let pod = t.pod("p", |_| {})?;
+    let a = t.run_in(&pod, "a", SLEEPER)?;
+    let cat = t.crictl()?.args(["exec", "-i", &a, "cat"]).stdin_bytes("one\ntwo\n").output()?.ok()?;
+    ensure!(cat.out() == "one\ntwo", "{cat}");
+    t.remove_pod(&pod)
+}
+
+fn missing(t: &mut Context<'_>) -> Result<()> {
+    let pod = t.pod("p", |_| {})?;
+    let a = t.run_in(&pod, "a", SLEEPER)?;
+    let exec = t.crictl()?.args(["exec", "-s", &a, "nosuch"]).output()?.expect_failure()?;
+    exec.expect_stderr(&["nosuch", "executable file not found in $PATH"])?;
+    t.remove_pod(&pod)
+}
+
+fn late(t: &mut Context<'_>) -> Result<()> {
+    let pod = t.pod("p", |_| {})?;
+    let a = t.run_in(&pod, "a", SLEEPER)?;
+    t.crictl()?.args(["exec", "-s", "--timeout", "1", &a, "sleep", "987"]).output()?.expect_failure()?;
+    let seen = t.exec_in(&a, "ps -o args")?;
+    ensure!(!seen.contains("sleep 987"), "{seen}");
+    t.remove_pod(&pod)
+}
