@@ -124,10 +124,12 @@ async fn init_ends_last() {
 async fn signals_reach_all_or_one() {
     let mut host = Host::start().await;
     let root = host.vm.rootfs("c");
-    let (stdio, _io) = host.stdio(false, false);
-    let script = "trap 'exit 3' TERM; sleep 1000 & wait";
+    let (stdio, io) = host.stdio(false, false);
+    let script = "trap 'exit 3' TERM; echo set; sleep 1000 & wait";
     host.create("c", &spec(&root, &["sh", "-c", script]), stdio).await.unwrap();
     host.start_container("c").await.unwrap();
+    // An init ignores what it has no handler for yet.
+    assert_eq!(host.first_line(io).await, "set");
     let (stdio, _io) = host.stdio(false, false);
     host.exec("c", "e", &process(&["sleep", "1000"]), stdio).await.unwrap();
     // Real-time signals are signals too.
