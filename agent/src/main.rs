@@ -14,6 +14,7 @@ mod devices;
 mod disks;
 mod error;
 mod events;
+mod forward;
 mod host;
 mod launcher;
 mod log;

@@ -41,9 +41,17 @@ pub(crate) fn create_network(sysctls: Vec<(String, String)>) -> io::Result<()> {
 
 /// Opens a socket to rtnetlink that speaks with the namespace `netns`, from wherever it is used.
 pub(crate) fn socket_in(netns: File) -> io::Result<Socket> {
+    within(netns, || Ok(Socket::open()?))
+}
+
+/// Does something in the namespace `netns`.
+pub(crate) fn within<T: Send + 'static>(
+    netns: File,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
     on_a_thread(move || {
         setns(&netns, CloneFlags::CLONE_NEWNET)?;
-        Ok(Socket::open()?)
+        work()
     })
 }
 

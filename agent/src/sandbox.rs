@@ -22,8 +22,8 @@ use std::{
 };
 
 use bulkhead_proto::agent::{
-    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, GuestProcess, Network,
-    ResizePtyRequest, SignalRequest, Stdio, UpdateRequest,
+    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, ForwardRequest, GuestProcess,
+    Network, ResizePtyRequest, SignalRequest, Stdio, UpdateRequest,
 };
 use tokio::{sync::Notify, task::AbortHandle, time::timeout};
 
@@ -32,6 +32,7 @@ use crate::{
     disks::Disks,
     error::{Doing, Error, Result},
     events::Events,
+    forward,
     launcher::{Create, LastMile, LaunchError, Launched, Launcher, Size},
     net, netns, podns,
     reaper::{Key, Reaper},
@@ -136,6 +137,14 @@ impl Sandbox {
             return Err(Error::State("the sandbox is not configured yet".into()));
         }
         state.network.set(network)
+    }
+
+    /// Connects the host to a server of the pod.
+    pub(crate) async fn forward(&self, request: &ForwardRequest) -> Result<()> {
+        if !self.state().configured {
+            return Err(Error::State("the sandbox is not configured yet".into()));
+        }
+        forward::forward(request, &self.events).await
     }
 
     /// Makes a container whose command waits for [`Sandbox::start`]. Answers the pid of its init.

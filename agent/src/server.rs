@@ -15,9 +15,9 @@ use bulkhead_proto::{
     CONTROL_PORT, PROTOCOL_VERSION,
     agent::{
         Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, Network,
-        PidsResponse, ResizePtyRequest, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest,
-        create_agent,
+        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, ForwardRequest,
+        Network, PidsResponse, ResizePtyRequest, ShutdownRequest, SignalRequest, StatsResponse,
+        UpdateRequest, create_agent,
     },
     stream::{Hello, encode_hello},
 };
@@ -199,6 +199,11 @@ impl Agent for Service {
     async fn pids(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<PidsResponse> {
         let processes = self.sandbox.processes(&request.container_id)?;
         Ok(PidsResponse { processes, ..Default::default() })
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> Result<Empty> {
+        self.sandbox.forward(&request).await?;
+        Ok(Empty::new())
     }
 
     async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {

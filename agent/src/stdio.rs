@@ -125,6 +125,17 @@ impl Streams {
     }
 }
 
+impl Streams {
+    /// Starts pumping between the host and a connection: stdin goes to it, and what it says is stdout.
+    pub(crate) fn pump_connection(self, peer: std::net::TcpStream, events: &Events) -> io::Result<()> {
+        peer.set_nonblocking(true)?;
+        let (reader, writer) = tokio::net::TcpStream::from_std(peer)?.into_split();
+        tokio::spawn(pump_out(reader, self.stdout, events.clone()));
+        tokio::spawn(pump_into_connection(self.stdin, writer));
+        Ok(())
+    }
+}
+
 impl Pumps {
     /// Starts pumping. Each pump ends by itself, when the last user of its pipe is gone.
     pub(crate) fn start(self, events: &Events) {
@@ -203,6 +214,16 @@ async fn pump_into_pipe(stream: Option<Stream>, to: Option<pipe::Sender>) {
             break;
         }
     }
+}
+
+async fn pump_into_connection(stream: Option<Stream>, mut to: tokio::net::tcp::OwnedWriteHalf) {
+    let Some(Stream { mut socket, .. }) = stream else { return };
+    let mut buffer = Vec::with_capacity(BUFFER);
+    while matches!(socket.read_buf(&mut buffer).await, Ok(n) if n > 0) && to.write_all(&buffer).await.is_ok()
+    {
+        buffer.clear();
+    }
+    // The writing half is shut down when it is dropped: the peer sees the end, and may go on speaking.
 }
 
 async fn pump_into_terminal(stream: Option<Stream>, to: Terminal) {

@@ -27,7 +27,7 @@ use bulkhead_proto::stream::{STREAM_PREFACE_LEN, TOKEN_LEN, Token, decode_stream
 use command_fds::{CommandFdExt, FdMapping};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{UnixListener, UnixStream, unix::pipe},
+    net::{TcpStream, UnixListener, UnixStream, unix::pipe},
     sync::{mpsc, watch},
 };
 use tracing::{debug, warn};
@@ -81,16 +81,18 @@ pub enum StdioError {
 }
 
 type Sink = Box<dyn AsyncWrite + Send + Unpin>;
+type Source = Box<dyn AsyncRead + Send + Unpin>;
 
 enum End {
-    /// From the fifo to the guest. The writer keeps the fifo open until CloseIO.
-    In(pipe::Receiver),
+    /// To the guest. Of a fifo the writer keeps it open until CloseIO.
+    In(Source),
     /// From the guest to the sink.
     Out(Sink, watch::Receiver<Option<u64>>),
 }
 
 struct Expected {
-    key: ProcessKey,
+    /// The process whose stream it is; a connection has none.
+    key: Option<ProcessKey>,
     end: End,
     outputs: Arc<AtomicUsize>,
 }
@@ -141,7 +143,11 @@ impl Hub {
         if let Some((receiver, keeper)) = stdin {
             let token = draw()?;
             table.stdins.insert(key.clone(), keeper);
-            let expected = Expected { key: key.clone(), end: End::In(receiver), outputs: outputs.clone() };
+            let expected = Expected {
+                key: Some(key.clone()),
+                end: End::In(Box::new(receiver)),
+                outputs: outputs.clone(),
+            };
             table.expected.insert(token, expected);
             tokens.stdin = Some(token);
         }
@@ -151,7 +157,8 @@ impl Hub {
             let (sender, receiver) = watch::channel(None);
             table.totals.insert(token, sender);
             let end = End::Out(sink, receiver);
-            table.expected.insert(token, Expected { key: key.clone(), end, outputs: outputs.clone() });
+            let expected = Expected { key: Some(key.clone()), end, outputs: outputs.clone() };
+            table.expected.insert(token, expected);
             *place = Some(token);
         }
         Ok(tokens)
@@ -173,7 +180,30 @@ impl Hub {
     pub fn forget(&self, key: &ProcessKey) {
         let mut table = self.table();
         table.stdins.remove(key);
-        table.expected.retain(|_, expected| expected.key != *key);
+        table.expected.retain(|_, expected| expected.key.as_ref() != Some(key));
+    }
+
+    /// Expects the guest's ends of a connection; answers the tokens of what goes to it and what comes from it.
+    pub fn open_connection(&self, peer: TcpStream) -> Result<[Token; 2], StdioError> {
+        let tokens = [draw()?, draw()?];
+        let (reader, writer) = peer.into_split();
+        let (sender, receiver) = watch::channel(None);
+        let mut table = self.table();
+        table.totals.insert(tokens[1], sender);
+        let ends = [End::In(Box::new(reader)), End::Out(Box::new(writer), receiver)];
+        for (token, end) in tokens.into_iter().zip(ends) {
+            table.expected.insert(token, Expected { key: None, end, outputs: Arc::default() });
+        }
+        Ok(tokens)
+    }
+
+    /// Closes a connection that the guest has not brought.
+    pub fn withdraw(&self, tokens: &[Token]) {
+        let mut table = self.table();
+        for token in tokens {
+            table.expected.remove(token);
+            table.totals.remove(token);
+        }
     }
 
     /// Accepts streams until the task is dropped.
@@ -206,22 +236,23 @@ impl Hub {
             return warn!("a connection of the guest brought an unknown token");
         };
         match expected.end {
-            End::In(fifo) => copy_in(fifo, stream).await,
+            End::In(source) => copy_in(source, stream).await,
             End::Out(sink, total) => {
                 copy_out(stream, sink, total).await;
                 self.table().totals.remove(&token);
-                if expected.outputs.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    let _ = self.inputs.send(Input::StreamsClosed(expected.key));
+                let last = expected.outputs.fetch_sub(1, Ordering::AcqRel) == 1;
+                if let Some(key) = expected.key.filter(|_| last) {
+                    let _ = self.inputs.send(Input::StreamsClosed(key));
                 }
             }
         }
     }
 }
 
-async fn copy_in(mut fifo: pipe::Receiver, mut stream: UnixStream) {
+async fn copy_in(mut source: Source, mut stream: UnixStream) {
     let mut buffer = vec![0; CHUNK];
     loop {
-        match fifo.read(&mut buffer).await {
+        match source.read(&mut buffer).await {
             Ok(0) | Err(_) => break,
             Ok(n) => {
                 if stream.write_all(&buffer[..n]).await.is_err() {

@@ -25,7 +25,8 @@ pub struct Forwarder {
     /// For IPv4, and for IPv6 where the host has it. Not blocking. The local address of a connection says which
     /// port it was made to.
     pub listeners: Vec<TcpListener>,
-    _program: OwnedFd,
+    /// What gives them the connections, until it is closed.
+    pub program: OwnedFd,
 }
 
 impl Forwarder {
@@ -46,7 +47,7 @@ impl Forwarder {
         let sockets: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
         let program = bpf::take_connections(netns.fd(), &sockets)
             .doing(|| "take the connections of a network namespace (BPF_SK_LOOKUP, Linux 5.9)".into())?;
-        Ok(Self { listeners, _program: program })
+        Ok(Self { listeners, program })
     }
 }
 

@@ -240,6 +240,18 @@ impl Agent {
         self.call(self.client.pids(self.context(), &container(id))).await
     }
 
+    /// Connects two streams, to the guest and from it, to a port of the pod's `localhost`.
+    pub async fn forward(&self, port: u16, ipv6_first: bool, tokens: [Token; 2]) -> Result<(), Fault> {
+        let request = agent::ForwardRequest {
+            port: port.into(),
+            ipv6_first,
+            in_token: tokens[0].0.to_vec(),
+            out_token: tokens[1].0.to_vec(),
+            ..Default::default()
+        };
+        self.call(self.client.forward(self.context(), &request)).await.map(drop)
+    }
+
     /// Removes a stopped container.
     pub async fn delete(&self, id: &ContainerId) -> Result<(), Fault> {
         self.call(self.client.delete_container(self.context(), &container(id))).await.map(drop)

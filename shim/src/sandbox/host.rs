@@ -26,7 +26,7 @@ use protobuf::well_known_types::any::Any;
 use tokio::sync::mpsc;
 use tracing::{Instrument, debug, error, info_span, warn};
 
-use super::{hooks, machine::Running, model::*, network::PodNetwork};
+use super::{forward, hooks, machine::Running, model::*, network::PodNetwork};
 use crate::{
     cgroup,
     config::{Backend, Config},
@@ -473,6 +473,7 @@ impl Host {
         if let (Some(pod), Some(network)) = (lock(&self.network).as_ref(), network) {
             pod.was_told(network);
         }
+        self.forward_ports(&agent).await;
         debug!(controllers = ?guest.controllers, "guest is configured");
         if let Some(ready) = lock(&self.ready).as_mut() {
             ready.agent = Some(agent);
@@ -498,6 +499,18 @@ impl Host {
             pod.was_told(network);
         }
         Ok(())
+    }
+
+    /// Lets connections to the pod's `localhost` through. A pod without is a pod: only forwarders dial that.
+    async fn forward_ports(&self, agent: &Agent) {
+        let Some(network) = lock(&self.network).clone() else { return };
+        match blocking("listen in the pod's network", move || network.forwarder()).await {
+            Ok(Some(forwarder)) => {
+                tokio::spawn(forward::serve(forwarder, agent.clone(), self.hub.clone()));
+            }
+            Ok(None) => {}
+            Err(fault) => warn!("ports of the pod cannot be forwarded: {fault}"),
+        }
     }
 
     async fn prepare(&self, request: CreateRequest) -> Result<Role, Fault> {

@@ -8,6 +8,7 @@
 //! ```
 
 pub mod driver;
+mod forward;
 mod hooks;
 pub mod host;
 mod machine;

@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use bulkhead_hostnet::{Link, NetError, Netns, Network, TAP, Undo, join};
+use bulkhead_hostnet::{Forwarder, Link, NetError, Netns, Network, TAP, Undo, join};
 use bulkhead_proto::agent;
 use bulkhead_vmm_spec::{Bindings, NetBinding, NetShape, Shape};
 
@@ -109,6 +109,11 @@ impl PodNetwork {
         }
         let wanted = message(network, &state.cards);
         Ok((wanted != state.told).then_some(wanted))
+    }
+
+    /// Listens for connections to the pod's `localhost`. Nobody can dial that of a namespace without a name.
+    pub(super) fn forwarder(&self) -> Result<Option<Forwarder>, Fault> {
+        self.netns.name().map(|_| Forwarder::open(&self.netns)).transpose().map_err(fault)
     }
 
     /// Remembers what the guest has.

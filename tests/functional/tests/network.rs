@@ -23,6 +23,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("network::two_links", two_links),
     Test::common("network::a_hook_brings_the_link", a_hook_brings_the_link),
     Test::common("network::files_of_names", files_of_names),
+    Test::common("network::localhost_is_forwarded", localhost_is_forwarded),
     Test::bulkhead("network::shim_killed", "runc leaves nothing to take back", shim_killed),
     Test::bulkhead("network::namespace_is_not_there", WORDS, namespace_is_not_there),
     Test::bulkhead(
@@ -413,6 +414,30 @@ fn files_of_names(t: &mut Context) -> Result<()> {
     let script = "cat /etc/resolv.conf; cat /etc/hostname; hostname; ping -c 1 -W 20 harbour";
     let seen = t.sh(&flags, script)?;
     expect(&seen, &["nameserver 10.66.0.53", "lighthouse\nlighthouse\n", "1 packets received"])?;
+    pod.finish(t)
+}
+
+/// As containerd forwards a port: it dials `localhost` in the pod's namespace on the host.
+fn localhost_is_forwarded(t: &mut Context) -> Result<()> {
+    let pod = Pod::with_veth()?.note()?;
+    let script = "dd if=/dev/urandom of=/data bs=1M count=2 2>/dev/null; md5sum </data; \
+                  httpd -p 127.0.0.1:8080 -h /; httpd -p [::1]:8081 -h /; echo up; sleep 1000";
+    let run = t.run(&["--rm", "--with-ns", &pod.flag()], "c", &["sh", "-c", script]).spawn()?;
+    run.wait_for_text("up")?;
+    let sum = String::from_utf8_lossy(&run.stdout_so_far()).split(' ').next().unwrap_or_default().to_owned();
+    let busybox = std::env::var("BULKHEAD_TEST_BUSYBOX").unwrap_or_else(|_| "/bin/busybox".into());
+    let fetch = |url: &str| {
+        let script = format!("{busybox} wget -q -O - http://{url}/data | {busybox} md5sum");
+        Run::new("nsenter").args(["--net=/run/netns/pod", "sh", "-c", &script]).output()
+    };
+    for url in ["127.0.0.1:8080", "[::1]:8081"] {
+        let fetched = fetch(url)?.ok()?.out();
+        ensure!(fetched.starts_with(&sum), "{url} gives {fetched}, the file is {sum}");
+    }
+    let nobody = Run::new("nsenter").args(["--net=/run/netns/pod", &busybox, "wget", "-q", "-O", "-"]);
+    nobody.arg("http://127.0.0.1:9999/").output()?.expect_failure()?;
+    t.ctr_ok(&["task", "kill", "-s", "KILL", "c"])?;
+    run.wait()?.expect_code(137)?;
     pod.finish(t)
 }
 
