@@ -8,6 +8,7 @@ use crate::SLEEPER;
 pub(crate) const TESTS: &[Test] = &[
     Test::common("exec::the_output_and_the_exit_status_come_back", sync),
     Test::common("exec::input_reaches_it_and_its_end_too", stdin),
+    Test::common("exec::a_terminal_is_typed_on_and_resized", terminal),
     Test::common("exec::a_missing_program_is_named", missing),
     Test::common("exec::one_that_is_late_is_ended", late),
 ];
@@ -26,6 +27,19 @@ fn stdin(t: &mut Context<'_>) -> Result<()> {
     let a = t.run_in(&pod, "a", SLEEPER)?;
     let cat = t.crictl()?.args(["exec", "-i", &a, "cat"]).stdin_bytes("one\ntwo\n").output()?.ok()?;
     ensure!(cat.out() == "one\ntwo", "{cat}");
+    t.remove_pod(&pod)
+}
+
+fn terminal(t: &mut Context<'_>) -> Result<()> {
+    let pod = t.pod("p", |_| {})?;
+    let a = t.run_in(&pod, "a", SLEEPER)?;
+    let (mut screen, shell) = t.crictl_on_terminal(&["exec", "-it", &a, "sh"], 90, 20)?;
+    screen.type_keys("while [ \"$(stty size)\" != '20 90' ]; do :; done; echo first-$((1+1))\n")?;
+    screen.wait_for("first-2", 60)?;
+    screen.type_keys("while [ \"$(stty size)\" != '10 70' ]; do :; done; echo second-$((1+1))\n")?;
+    screen.resize_until(70, 10, "second-2")?;
+    screen.type_keys("exit 3\n")?;
+    shell.wait()?.expect_failure()?.expect_stderr(&["exit code 3"])?;
     t.remove_pod(&pod)
 }
 

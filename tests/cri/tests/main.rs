@@ -6,13 +6,15 @@
 mod ends;
 mod exec;
 mod figures;
+mod network;
 mod pod;
 mod refusals;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let tests = [pod::TESTS, exec::TESTS, figures::TESTS, ends::TESTS, refusals::TESTS].concat();
+    let tests =
+        [pod::TESTS, network::TESTS, exec::TESTS, figures::TESTS, ends::TESTS, refusals::TESTS].concat();
     harness::run_suite_with_pods("cri", &tests)
 }
 

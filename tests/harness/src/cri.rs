@@ -6,10 +6,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::command::Run;
+use crate::command::{Proc, Run};
 use crate::context::Context;
 use crate::image::IMAGE;
 use crate::node::Node;
+use crate::pty::Pty;
 
 /// The image of pause containers, as tests/parts/pause-image names it.
 const PAUSE: &str = "localhost/bulkhead/pause:latest";
@@ -90,18 +91,21 @@ impl Node {
 
     /// A `crictl` command against this node.
     pub fn crictl(&self) -> Result<Run> {
+        let (crictl, args) = self.crictl_parts()?;
+        Ok(Run::new(crictl).args(args))
+    }
+
+    /// The program `crictl`, and what makes it speak with this node.
+    fn crictl_parts(&self) -> Result<(PathBuf, Vec<String>)> {
         let endpoint = format!("unix://{}", self.address().display());
         let crictl = variable("BULKHEAD_TEST_CRI_TOOLS", "tests/parts/cri-tools")?.join("crictl");
         // No file of the machine's user may speak along.
         let config = self.dir().join("crictl.yaml");
         fs::write(&config, format!("timeout: {}\n", 120 * crate::pace::factor()))
             .context("write crictl.yaml")?;
-        Ok(Run::new(crictl).arg("--config").arg(config).args([
-            "--runtime-endpoint",
-            &endpoint,
-            "--image-endpoint",
-            &endpoint,
-        ]))
+        let config = config.display().to_string();
+        let options = ["--config", &config, "--runtime-endpoint", &endpoint, "--image-endpoint", &endpoint];
+        Ok((crictl, options.map(str::to_owned).to_vec()))
     }
 }
 
@@ -124,6 +128,12 @@ impl Context<'_> {
     /// `crictl ARGS`, waited for, which must succeed; its standard output.
     pub fn crictl_ok(&self, args: &[&str]) -> Result<String> {
         Ok(self.crictl()?.args(args).output()?.ok()?.out())
+    }
+
+    /// Starts `crictl ARGS` on a new terminal.
+    pub fn crictl_on_terminal(&mut self, args: &[&str], columns: u16, rows: u16) -> Result<(Pty, Proc)> {
+        let (crictl, options) = self.node().crictl_parts()?;
+        Pty::spawn(|setsid| setsid.arg(crictl).args(options).args(args), columns, rows)
     }
 
     /// The configuration of a pod called `name`; `change` alters the usual one.
