@@ -143,12 +143,17 @@ fn t3_containers_of_a_pod_share_a_machine(t: &mut Context) -> Result<()> {
     let second = fake.connect(&shim.address)?;
     second.create("c1", &bundle)?;
     second.start("c1", "")?;
+    let bundle = fake.bundle("c2", &member("c2")?)?;
+    second.create("c2", &bundle)?;
+    second.start("c2", "")?;
     let boot = |id: &str| output_of(t, &shim, id, "e", "cat /proc/sys/kernel/random/boot_id");
-    ensure!(boot("pod")? == boot("c1")?, "each has a machine of its own");
-    second.kill("c1", "", 9)?;
-    ensure!(second.wait("c1", "")? == 137, "another status");
-    second.delete("c1", "")?;
-    second.shutdown("c1");
+    ensure!(boot("c1")? == boot("c2")?, "each has a machine of its own");
+    for id in ["c1", "c2"] {
+        second.kill(id, "", 9)?;
+        ensure!(second.wait(id, "")? == 137, "another status");
+        second.delete(id, "")?;
+        second.shutdown(id);
+    }
     ensure!(
         shim.state("pod", "")?.status.value() == api::Status::RUNNING as i32,
         "the pod went with its container"
