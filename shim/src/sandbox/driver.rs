@@ -52,6 +52,8 @@ pub struct Driver {
     answers: HashMap<Ticket, Answer>,
     last_ticket: u64,
     written: (Vec<Summary>, Option<MachineFacts>),
+    /// The sandbox is being taken back, or has been.
+    taken_back: bool,
     created: SystemTime,
 }
 
@@ -74,6 +76,7 @@ impl Driver {
             answers: HashMap::new(),
             last_ticket: 0,
             written: (Vec::new(), None),
+            taken_back: false,
             created: SystemTime::now(),
         };
         (driver, Handle { requests: send })
@@ -113,6 +116,7 @@ impl Driver {
                 }
             }
             Effect::Start(job) => {
+                self.taken_back |= matches!(job, Job::Teardown);
                 let (host, own) = (self.host.clone(), self.own.clone());
                 tokio::spawn(async move {
                     let done = host.run(job).await;
@@ -135,6 +139,10 @@ impl Driver {
 
     /// Keeps `state.json` true for `bulkhead ps`.
     fn tell_state(&mut self) {
+        // Its directory is being removed, which a file that comes meanwhile would prevent.
+        if self.taken_back {
+            return;
+        }
         let now = (self.sandbox.summary(), self.host.machine());
         if now == self.written {
             return;
