@@ -68,6 +68,13 @@ profile=${PROFILE:-release}
 # built NAME: the path of a program of ours.
 built() { echo "${CARGO_TARGET_DIR:-$top/target}/x86_64-unknown-linux-gnu/${profile/#dev/debug}/$1"; }
 
+# toolchain: find cargo and install what it needs beside itself to compile this workspace. libseccomp is linked
+# statically into the agent; protoc is not needed.
+toolchain() {
+    find_cargo
+    packages gcc libc6-dev libseccomp-dev
+}
+
 # find_cargo: put cargo into $cargo, or say how to get it. Under sudo that of the user who called it.
 find_cargo() {
     local home
