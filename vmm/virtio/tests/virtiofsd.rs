@@ -1,10 +1,10 @@
 //! The file system device before the real virtiofsd: a driver's side that opens a FUSE session and looks
-//! a file up. The program is the pinned one of the parts cache (`tests/parts/virtiofsd` makes it).
+//! a file up. `tests/run unit` says where that program is, and makes it if there is none.
 
 use std::{
     io::Read,
     os::{fd::AsRawFd, unix::net::UnixStream},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -25,12 +25,8 @@ const INIT: u32 = 26;
 const DEADLINE: Duration = Duration::from_secs(10);
 
 fn program() -> PathBuf {
-    let cache = std::env::var("BULKHEAD_CACHE").unwrap_or_else(|_| "/var/cache/bulkhead".into());
-    let parts = std::env::var_os("BULKHEAD_TEST_PARTS").map(PathBuf::from);
-    let path =
-        parts.unwrap_or_else(|| Path::new(&cache).join("parts")).join("virtiofsd-1.14.0/bin/virtiofsd");
-    assert!(path.exists(), "{} is missing: run tests/parts/virtiofsd", path.display());
-    path
+    let path = std::env::var_os("BULKHEAD_TEST_VIRTIOFSD").map(PathBuf::from);
+    path.expect("BULKHEAD_TEST_VIRTIOFSD names the program that tests/parts/virtiofsd prints: see tests/run")
 }
 
 struct Daemon {
