@@ -12,6 +12,7 @@ const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
 const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
 const BPF_SK_LOOKUP: u32 = 36;
@@ -62,9 +63,21 @@ fn program(map: RawFd) -> [[u8; 8]; 23] {
     ]
 }
 
+/// A program that is attached to a network namespace until this is dropped. Detached by name: closing the
+/// descriptor would not do while a child that was just forked has another one.
+#[derive(Debug)]
+pub struct Attached(OwnedFd);
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // It fails only where the namespace is gone, and the program with it.
+        let _ = bpf_done(BPF_LINK_DETACH, &words(&[self.0.as_raw_fd() as u32]));
+    }
+}
+
 /// From now on every TCP connection to the stack of `netns` goes to the listening socket of its family, IPv4's
-/// first, until the answered descriptor is closed.
-pub(crate) fn take_connections(netns: BorrowedFd<'_>, sockets: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
+/// first, until the answer is dropped.
+pub(crate) fn take_connections(netns: BorrowedFd<'_>, sockets: &[BorrowedFd<'_>]) -> io::Result<Attached> {
     let map = bpf(BPF_MAP_CREATE, &words(&[BPF_MAP_TYPE_SOCKMAP, 4, 8, 2]))?;
     for (key, socket) in sockets.iter().enumerate() {
         let (key, value) = ((key as u32).to_ne_bytes(), (socket.as_raw_fd() as u64).to_ne_bytes());
@@ -87,7 +100,7 @@ pub(crate) fn take_connections(netns: BorrowedFd<'_>, sockets: &[BorrowedFd<'_>]
     .concat();
     let program = bpf(BPF_PROG_LOAD, &attributes)?;
     let link = words(&[program.as_raw_fd() as u32, netns.as_raw_fd() as u32, BPF_SK_LOOKUP, 0]);
-    bpf(BPF_LINK_CREATE, &link)
+    bpf(BPF_LINK_CREATE, &link).map(Attached)
 }
 
 fn words(words: &[u32]) -> Vec<u8> {

@@ -9,7 +9,7 @@
 use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, TcpListener},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
 };
 
 use nix::sys::socket::{
@@ -17,7 +17,11 @@ use nix::sys::socket::{
     sockopt::Ipv6V6Only,
 };
 
-use crate::{NetError, Netns, bpf, error::Doing};
+use crate::{
+    NetError, Netns,
+    bpf::{self, Attached},
+    error::Doing,
+};
 
 /// Listens for all connections to `localhost` of a namespace, until it is dropped.
 #[derive(Debug)]
@@ -25,8 +29,8 @@ pub struct Forwarder {
     /// For IPv4, and for IPv6 where the host has it. Not blocking. The local address of a connection says which
     /// port it was made to.
     pub listeners: Vec<TcpListener>,
-    /// What gives them the connections, until it is closed.
-    pub program: OwnedFd,
+    /// What gives them the connections, until it is dropped.
+    pub program: Attached,
 }
 
 impl Forwarder {

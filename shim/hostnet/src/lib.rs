@@ -24,6 +24,7 @@ mod netns;
 mod scan;
 mod sys;
 
+pub use bpf::Attached;
 pub use error::NetError;
 pub use forward::Forwarder;
 pub use join::{Undo, join, undo};
