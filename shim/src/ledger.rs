@@ -78,6 +78,10 @@ impl Entry {
             _ => None,
         }
     }
+
+    fn is_process(&self) -> bool {
+        matches!(self, Entry::Process { .. })
+    }
 }
 
 /// Why the ledger could not be kept or unwound.
@@ -135,18 +139,25 @@ impl Ledger {
         Ok(())
     }
 
-    /// Takes back what was made for `container`, newest first, and forgets it.
+    /// Takes back what was made for `container`, newest first, and forgets it. What cannot be taken back stays in
+    /// the ledger, for the end of the sandbox.
     pub fn release_container(&mut self, container: &str) -> Result<(), LedgerError> {
-        let (ours, kept) =
-            std::mem::take(&mut self.entries).into_iter().partition(|e| e.container() == Some(container));
-        self.entries = kept;
+        let of_container = |entry: &&Entry| entry.container() == Some(container);
+        let ours: Vec<Entry> = self.entries.iter().filter(of_container).cloned().collect();
+        // Taken back before it is forgotten: whoever unwinds after a kill in between must find it.
+        let left = remove_things(&ours);
+        let is_left = |entry: &Entry| left.iter().any(|(left, _)| left == entry);
+        self.entries.retain(|entry| entry.container() != Some(container) || is_left(entry));
         self.rewrite()?;
-        release(ours)
+        all_or(left)
     }
 
     /// Takes everything back, newest first.
     pub fn release_all(mut self) -> Result<(), LedgerError> {
-        release(std::mem::take(&mut self.entries))
+        let entries = std::mem::take(&mut self.entries);
+        let mut left = end_processes(&entries);
+        left.extend(remove_things(&entries));
+        all_or(left)
     }
 
     fn rewrite(&mut self) -> Result<(), LedgerError> {
@@ -166,7 +177,10 @@ impl Ledger {
 
 /// Takes back everything that the ledger in `dir` names. A missing ledger is an empty one.
 pub fn release_left_behind(dir: &Path) -> Result<(), LedgerError> {
-    release(read(&dir.join(FILE_NAME))?)
+    let entries = read(&dir.join(FILE_NAME))?;
+    let mut left = end_processes(&entries);
+    left.extend(remove_things(&entries));
+    all_or(left)
 }
 
 fn read(path: &Path) -> Result<Vec<Entry>, LedgerError> {
@@ -186,18 +200,29 @@ fn read(path: &Path) -> Result<Vec<Entry>, LedgerError> {
     Ok(entries)
 }
 
-fn release(entries: Vec<Entry>) -> Result<(), LedgerError> {
-    let mut left = Vec::new();
-    // Processes first, whatever the order: nothing can be unmounted or removed under one that uses it.
-    let (processes, things): (Vec<_>, Vec<_>) =
-        entries.into_iter().partition(|e| matches!(e, Entry::Process { .. }));
-    // In the order of their making: the shim comes first, which would react to the deaths of the others.
-    for entry in processes.iter().chain(things.iter().rev()) {
-        if let Err(why) = take_back(entry) {
-            left.push(why);
-        }
+/// What could not be taken back, and why.
+type Left = Vec<(Entry, String)>;
+
+/// Processes come first, whatever the order: nothing can be unmounted or removed under one that uses it. In the
+/// order of their making: the first is the shim, which would react to the deaths of the others.
+fn end_processes(entries: &[Entry]) -> Left {
+    take_back_each(entries.iter().filter(|entry| entry.is_process()))
+}
+
+/// Everything that is no process, newest first.
+fn remove_things(entries: &[Entry]) -> Left {
+    take_back_each(entries.iter().rev().filter(|entry| !entry.is_process()))
+}
+
+fn take_back_each<'a>(entries: impl Iterator<Item = &'a Entry>) -> Left {
+    entries.filter_map(|entry| take_back(entry).err().map(|why| (entry.clone(), why))).collect()
+}
+
+fn all_or(left: Left) -> Result<(), LedgerError> {
+    if left.is_empty() {
+        return Ok(());
     }
-    if left.is_empty() { Ok(()) } else { Err(LedgerError::Left(left)) }
+    Err(LedgerError::Left(left.into_iter().map(|(_, why)| why).collect()))
 }
 
 fn take_back(entry: &Entry) -> Result<(), String> {
@@ -271,6 +296,12 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    fn release(entries: Vec<Entry>) -> Result<(), LedgerError> {
+        let mut left = end_processes(&entries);
+        left.extend(remove_things(&entries));
+        all_or(left)
+    }
+
     fn dir_entry(path: &Path, container: Option<&str>) -> Entry {
         Entry::Directory { path: path.to_owned(), container: container.map(str::to_owned) }
     }
@@ -303,6 +334,20 @@ mod tests {
         assert!(!a.exists() && b.exists());
         drop(ledger);
         assert_eq!(read(&tmp.path().join(FILE_NAME)).unwrap(), vec![dir_entry(&b, Some("b"))]);
+    }
+
+    #[test]
+    fn what_a_container_leaves_is_tried_again_at_the_end() {
+        let tmp = tempfile::tempdir().unwrap();
+        let busy = tmp.path().join("busy");
+        std::fs::write(&busy, "no directory").unwrap();
+        let mut ledger = Ledger::open(tmp.path()).unwrap();
+        ledger.record(dir_entry(&busy, Some("a"))).unwrap();
+        assert!(ledger.release_container("a").unwrap_err().to_string().contains("busy"));
+        std::fs::remove_file(&busy).unwrap();
+        std::fs::create_dir(&busy).unwrap();
+        ledger.release_all().unwrap();
+        assert!(!busy.exists());
     }
 
     #[test]
