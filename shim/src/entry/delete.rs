@@ -45,15 +45,7 @@ pub(super) fn delete(flags: &Flags) -> Result<(), String> {
     let dir = sandbox_dir(&config.state_dir, &flags.namespace, &flags.id);
     let mut left = Vec::new();
     if !ends_by_itself(&dir, &bundle, flags) {
-        if let Err(error) = ledger::release_left_behind(&dir) {
-            left.push(chain(&error));
-        }
-        // Made before its ledger, so it may be there without one.
-        if let Err(error) = std::fs::remove_dir(&dir)
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            left.push(format!("{}: {error}", dir.display()));
-        }
+        left.extend(take_back(&dir));
     }
     remove_stale_sockets(&bundle, flags);
     if let Err(error) = ledger::unmount(&bundle.join("rootfs")) {
@@ -71,6 +63,29 @@ pub(super) fn delete(flags: &Flags) -> Result<(), String> {
     let bytes = response.write_to_bytes().map_err(|e| format!("encode the answer: {e}"))?;
     let mut stdout = std::io::stdout();
     stdout.write_all(&bytes).and_then(|()| stdout.flush()).map_err(|e| format!("answer: {e}"))
+}
+
+/// What a sandbox holds whose directory is `dir`; answers what is left.
+fn take_back(dir: &Path) -> Vec<String> {
+    let mut left = Vec::new();
+    if let Err(error) = ledger::release_left_behind(dir) {
+        left.push(chain(&error));
+    }
+    // Made before its ledger, so it may be there without one.
+    if let Err(error) = std::fs::remove_dir(dir)
+        && error.kind() != ErrorKind::NotFound
+    {
+        left.push(format!("{}: {error}", dir.display()));
+    }
+    left
+}
+
+/// The same for a `start` whose serving process of the sandbox `group` has ended before it served `socket`.
+/// What cannot be taken back is not told: containerd shows why the start failed.
+pub(super) fn after_start(flags: &Flags, group: &str, socket: &Path) {
+    let config = Config::load(None).unwrap_or_default();
+    take_back(&sandbox_dir(&config.state_dir, &flags.namespace, group));
+    let _ = std::fs::remove_file(socket);
 }
 
 /// Whether the sandbox is a pod that was deleted in order while containers of it remained: its shim, which is

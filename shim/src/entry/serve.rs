@@ -2,6 +2,7 @@
 //! Puts the rooms together; decides nothing.
 
 use std::{
+    io::{PipeWriter, Write},
     os::{fd::OwnedFd, unix::net::UnixListener as StdListener},
     path::Path,
     sync::Arc,
@@ -39,6 +40,10 @@ use crate::{
 
 /// Where `start` puts the listening socket.
 pub(super) const LISTENER_FD: i32 = 3;
+/// Where `start` waits to be told that the socket is served, or why it is not.
+pub(super) const READY_FD: i32 = 4;
+/// What says that it is served.
+pub(super) const READY: &[u8] = b"ready";
 /// When `start` began, in nanoseconds since the epoch: for timelines.
 pub(super) const STARTED_ENV: &str = "BULKHEAD_STARTED_UNIX_NANOS";
 
@@ -54,6 +59,17 @@ const LAST_EVENTS: Duration = Duration::from_secs(5);
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 pub(super) fn serve(flags: &Flags) -> Result<(), String> {
+    let mut start = take_pipe().map_err(|e| format!("take over the pipe to start: {e}"))?;
+    let result = serve_told(flags, &mut start);
+    if let (Err(reason), Some(mut start)) = (&result, start) {
+        // Nobody else would read it: `start` answers containerd with it.
+        let _ = start.write_all(reason.as_bytes());
+    }
+    result
+}
+
+/// Tells `start` when the socket is served, and lets it go then.
+fn serve_told(flags: &Flags, start: &mut Option<PipeWriter>) -> Result<(), String> {
     // Bad configuration is told by Create, where somebody reads it; until then the defaults must do.
     let loaded = Config::load(None);
     let config = loaded.as_ref().map_or_else(|_| Config::default(), Clone::clone);
@@ -66,7 +82,7 @@ pub(super) fn serve(flags: &Flags) -> Result<(), String> {
         .enable_all()
         .build()
         .map_err(|e| format!("start the runtime: {e}"))?;
-    let result = runtime.block_on(run(flags, loaded.map_err(|e| chain(&e)), config));
+    let result = runtime.block_on(run(flags, loaded.map_err(|e| chain(&e)), config, start));
     if let Err(reason) = &result {
         error!("{reason}");
     }
@@ -76,7 +92,12 @@ pub(super) fn serve(flags: &Flags) -> Result<(), String> {
     result
 }
 
-async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> Result<(), String> {
+async fn run(
+    flags: &Flags,
+    loaded: Result<Config, String>,
+    config: Config,
+    start: &mut Option<PipeWriter>,
+) -> Result<(), String> {
     let listener = take_listener().map_err(|e| format!("take over the socket: {e}"))?;
     let address = std::env::var("TTRPC_ADDRESS").map_err(|_| "TTRPC_ADDRESS is not set".to_owned())?;
     let (publisher, drained) = Publisher::new(&address, &flags.namespace);
@@ -101,6 +122,10 @@ async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> R
     let mut server = Server::new().register_service(services).add_listener(same_user_only(listener));
     server.start().await.map_err(|e| format!("serve: {e}"))?;
     info!(id = flags.id, namespace = flags.namespace, "serving");
+    if let Some(mut start) = start.take() {
+        // It may have been killed, which is no reason not to serve.
+        let _ = start.write_all(READY);
+    }
 
     tokio::spawn(end_on_signal(handle));
     driver.run().await;
@@ -114,16 +139,24 @@ async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> R
     Ok(())
 }
 
-/// Descriptor 3 is ours by agreement with `start`.
+fn take_pipe() -> std::io::Result<Option<PipeWriter>> {
+    take_over(READY_FD).map(|fd| Some(PipeWriter::from(fd)))
+}
+
+/// Descriptors 3 and 4 are ours by agreement with `start`.
 #[allow(unsafe_code)]
-fn take_listener() -> std::io::Result<UnixListener> {
+fn take_over(number: i32) -> std::io::Result<OwnedFd> {
     use std::os::fd::FromRawFd;
-    // SAFETY: `start` mapped the socket to this number and this process has opened nothing under it: it is
+    // SAFETY: `start` mapped its end to this number and this process has opened nothing under it: it is
     // taken once, before anything else could close it.
-    let fd = unsafe { OwnedFd::from_raw_fd(LISTENER_FD) };
-    // Children must not inherit what serves containerd.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    // Children must not inherit what serves containerd, nor what `start` waits at.
     nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
-    let listener = StdListener::from(fd);
+    Ok(fd)
+}
+
+fn take_listener() -> std::io::Result<UnixListener> {
+    let listener = StdListener::from(take_over(LISTENER_FD)?);
     listener.set_nonblocking(true)?;
     UnixListener::from_std(listener)
 }

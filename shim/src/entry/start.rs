@@ -3,9 +3,9 @@
 
 use std::{
     fs::{DirBuilder, File},
-    io::{self, Write},
+    io::{self, PipeReader, Read, Write},
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::AsFd,
         unix::{
             fs::{DirBuilderExt, PermissionsExt},
             net::{UnixListener, UnixStream},
@@ -14,14 +14,18 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 use command_fds::{CommandFdExt, FdMapping};
 use containerd_shim::Flags;
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
 
-use super::{bootstrap, check_flags, serve};
+use super::{bootstrap, check_flags, delete, serve};
 
 /// Annotations that name the group of a container, the first that is there wins (contract, S7).
 const GROUP_ANNOTATIONS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
@@ -39,7 +43,9 @@ pub(super) fn start(flags: &Flags) -> Result<(), String> {
     };
     let path = PathBuf::from(address.trim_start_matches("unix://"));
     if let Some(listener) = bind(&path)? {
-        let pid = launch(flags, &group, &params, &path, listener, started)?;
+        let launched = launch(flags, &group, &params, &path, listener, started);
+        // containerd calls no `delete` for a shim that did not start.
+        let pid = launched.inspect_err(|_| delete::after_start(flags, &group, &path))?;
         raise_oom_score(pid);
     }
     write_address(&address)?;
@@ -108,7 +114,11 @@ fn restrict(path: &Path, listener: UnixListener) -> Result<UnixListener, String>
     Ok(listener)
 }
 
-/// Starts this program again to serve the socket.
+/// How long the serving process may take until it serves. It makes a directory and reads a file before that.
+const SERVES: Duration = Duration::from_secs(10);
+
+/// Starts this program again to serve the socket, and waits until it does: of one that dies before containerd is
+/// connected to it, containerd would learn nothing but that, and leave what it had made.
 fn launch(
     flags: &Flags,
     group: &str,
@@ -134,13 +144,52 @@ fn launch(
     if params.debug {
         command.arg("-debug");
     }
-    let listener: OwnedFd = listener.into();
-    debug_assert!(listener.as_raw_fd() > 2);
-    command
-        .fd_mappings(vec![FdMapping { parent_fd: listener, child_fd: serve::LISTENER_FD }])
-        .map_err(|e| format!("hand over the socket: {e}"))?;
-    let child = command.spawn().map_err(|e| format!("start the serving process: {e}"))?;
+    let (ours, theirs) = io::pipe().map_err(|e| format!("a pipe to the serving process: {e}"))?;
+    let mappings = vec![
+        FdMapping { parent_fd: listener.into(), child_fd: serve::LISTENER_FD },
+        FdMapping { parent_fd: theirs.into(), child_fd: serve::READY_FD },
+    ];
+    command.fd_mappings(mappings).map_err(|e| format!("hand over the socket: {e}"))?;
+    let mut child = command.spawn().map_err(|e| format!("start the serving process: {e}"))?;
+    // The command still holds the child's ends.
+    drop(command);
+    if let Err(reason) = wait_until_served(ours) {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(reason);
+    }
     Ok(child.id())
+}
+
+fn wait_until_served(pipe: PipeReader) -> Result<(), String> {
+    let until = Instant::now() + SERVES;
+    let mut told = Vec::new();
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Err(Errno::EINTR) => continue,
+            Err(error) => return Err(format!("wait for the serving process: {error}")),
+            Ok(0) => {
+                return Err(format!("the serving process does not serve after {} s", SERVES.as_secs()));
+            }
+            Ok(_) => {}
+        }
+        let mut part = [0; 4096];
+        let read = (&pipe).read(&mut part).map_err(|e| format!("listen to the serving process: {e}"))?;
+        told.extend_from_slice(&part[..read]);
+        if told == serve::READY {
+            return Ok(());
+        }
+        if read == 0 {
+            let told = String::from_utf8_lossy(&told).into_owned();
+            return Err(if told.is_empty() {
+                "the serving process ended before it served".into()
+            } else {
+                told
+            });
+        }
+    }
 }
 
 fn unix_nanos(at: SystemTime) -> u128 {
