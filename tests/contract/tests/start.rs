@@ -37,6 +37,9 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("s8_the_socket_is_private_and_short", s8_the_socket_is_private_and_short),
     Test::common("s9_the_parent_ends_and_holds_no_pipe", s9_the_parent_ends_and_holds_no_pipe),
     Test::common("s10_the_address_is_in_the_bundle", s10_the_address_is_in_the_bundle),
+    Test::bulkhead("s11_a_server_without_a_place_is_no_start", "runc's has no directory of its own", |t| {
+        s11_a_server_without_a_place_is_no_start(t)
+    }),
 ];
 
 fn with_shim(t: &mut Context, check: impl FnOnce(&Context, &Shim, &Answer) -> Result<()>) -> Result<()> {
@@ -165,6 +168,17 @@ fn s4_a_failed_start_says_why(t: &mut Context) -> Result<()> {
     output.expect_stderr(&["config.json"])?;
     let output = fake.binary("../c", &bundle, &[], "start").output()?.expect_failure()?;
     output.expect_stderr(&["../c"])?;
+    Ok(())
+}
+
+fn s11_a_server_without_a_place_is_no_start(t: &mut Context) -> Result<()> {
+    let place = t.write("a-file", "")?.join("state");
+    t.set_config("", "state_dir", place.display().to_string().into())?;
+    let fake = Fake::start(t)?;
+    let bundle = fake.bundle("c", &json!({}))?;
+    let output = fake.run_start("c", &bundle, &Input::Nothing)?.expect_failure()?;
+    output.expect_stderr(&[&place.display().to_string(), "Not a directory"])?;
+    ensure!(!bundle.join("address").exists(), "containerd is told of nobody");
     Ok(())
 }
 
