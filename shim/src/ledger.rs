@@ -108,6 +108,10 @@ pub enum LedgerError {
     /// Some things could not be taken back; all others were.
     #[error("left on the host: {}", .0.join("; "))]
     Left(Vec<String>),
+    /// A test wants it so.
+    #[cfg(feature = "failpoints")]
+    #[error(transparent)]
+    Failpoint(#[from] crate::failpoint::Failed),
 }
 
 /// The ledger of one sandbox.
@@ -142,10 +146,12 @@ impl Ledger {
     /// Takes back what was made for `container`, newest first, and forgets it. What cannot be taken back stays in
     /// the ledger, for the end of the sandbox.
     pub fn release_container(&mut self, container: &str) -> Result<(), LedgerError> {
+        fail_point!(ReleaseHost);
         let of_container = |entry: &&Entry| entry.container() == Some(container);
         let ours: Vec<Entry> = self.entries.iter().filter(of_container).cloned().collect();
         // Taken back before it is forgotten: whoever unwinds after a kill in between must find it.
         let left = remove_things(&ours);
+        fail_point!(ReleaseForget);
         let is_left = |entry: &Entry| left.iter().any(|(left, _)| left == entry);
         self.entries.retain(|entry| entry.container() != Some(container) || is_left(entry));
         self.rewrite()?;
@@ -156,6 +162,7 @@ impl Ledger {
     pub fn release_all(mut self) -> Result<(), LedgerError> {
         let entries = std::mem::take(&mut self.entries);
         let mut left = end_processes(&entries);
+        fail_point!(TeardownHalf);
         left.extend(remove_things(&entries));
         all_or(left)
     }

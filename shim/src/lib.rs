@@ -1,5 +1,8 @@
 //! containerd shim v2 that runs each pod in a virtual machine, and the operator's command.
 
+#[macro_use]
+mod failpoint;
+
 pub mod cgroup;
 pub mod cli;
 pub mod config;
@@ -19,3 +22,10 @@ pub mod stdio;
 pub mod storage;
 pub mod task;
 pub mod trace;
+
+/// Every place where a step can be made to fail: its name, what can happen there, and the ways of making a pod that
+/// pass it.
+#[cfg(feature = "failpoints")]
+pub fn failpoints() -> String {
+    failpoint::list()
+}

@@ -75,6 +75,10 @@ pub enum StdioError {
         #[source]
         source: io::Error,
     },
+    /// A test wants it so.
+    #[cfg(feature = "failpoints")]
+    #[error(transparent)]
+    Failpoint(#[from] crate::failpoint::Failed),
     /// No random token could be drawn.
     #[error("no random numbers: {0}")]
     Random(String),
@@ -136,6 +140,7 @@ impl Hub {
     pub fn open(&self, key: &ProcessKey, io: &Io, logger: &LoggerContext) -> Result<Tokens, StdioError> {
         let mut tokens = Tokens::default();
         let (stdout, stderr) = open_outputs(io, logger)?;
+        fail_point!(StreamsHalf);
         let stdin = if io.stdin.is_empty() { None } else { Some(open_stdin(&io.stdin)?) };
         let outputs =
             Arc::new(AtomicUsize::new(usize::from(stdout.is_some()) + usize::from(stderr.is_some())));

@@ -70,6 +70,8 @@ pub(super) fn serve(flags: &Flags) -> Result<(), String> {
 
 /// Tells `start` when the socket is served, and lets it go then.
 fn serve_told(flags: &Flags, start: &mut Option<PipeWriter>) -> Result<(), String> {
+    #[cfg(feature = "failpoints")]
+    crate::failpoint::read()?;
     // Bad configuration is told by Create, where somebody reads it; until then the defaults must do.
     let loaded = Config::load(None);
     let config = loaded.as_ref().map_or_else(|_| Config::default(), Clone::clone);
@@ -122,6 +124,7 @@ async fn run(
     let mut server = Server::new().register_service(services).add_listener(same_user_only(listener));
     server.start().await.map_err(|e| format!("serve: {e}"))?;
     info!(id = flags.id, namespace = flags.namespace, "serving");
+    fail_point!(SandboxServing);
     if let Some(mut start) = start.take() {
         // It may have been killed, which is no reason not to serve.
         let _ = start.write_all(READY);
@@ -129,6 +132,7 @@ async fn run(
 
     tokio::spawn(end_on_signal(handle));
     driver.run().await;
+    kill_point!(TeardownDone);
     // At once: what is left to do is to tell containerd, and whoever ends this process meanwhile would leave
     // the socket.
     let _ = std::fs::remove_file(&flags.socket);

@@ -32,6 +32,8 @@ const GROUP_ANNOTATIONS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kuberne
 
 pub(super) fn start(flags: &Flags) -> Result<(), String> {
     let started = SystemTime::now();
+    #[cfg(feature = "failpoints")]
+    crate::failpoint::read()?;
     check_flags(flags)?;
     let input = bootstrap::read_input()?;
     let params = bootstrap::parse(&input, flags, std::env::var("TTRPC_ADDRESS").ok())?;
@@ -43,10 +45,11 @@ pub(super) fn start(flags: &Flags) -> Result<(), String> {
     };
     let path = PathBuf::from(address.trim_start_matches("unix://"));
     if let Some(listener) = bind(&path)? {
-        let launched = launch(flags, &group, &params, &path, listener, started);
+        let launched = fail_point!(StartBound, launch(flags, &group, &params, &path, listener, started));
         // containerd calls no `delete` for a shim that did not start.
         let pid = launched.inspect_err(|_| delete::after_start(flags, &group, &path))?;
         raise_oom_score(pid);
+        fail_point!(StartLaunched);
     }
     write_address(&address)?;
     let mut stdout = io::stdout();

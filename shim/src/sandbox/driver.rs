@@ -123,7 +123,12 @@ impl Driver {
                     let _ = own.send(Input::Done(done));
                 });
             }
-            Effect::Publish(event) => announce(&self.publisher, &event),
+            Effect::Publish(event) => {
+                if matches!(event, Event::Exit(..)) {
+                    kill_point!(ExitKnown);
+                }
+                announce(&self.publisher, &event);
+            }
             Effect::Arm(deadline) => {
                 let own = self.own.clone();
                 tokio::spawn(async move {
@@ -147,7 +152,8 @@ impl Driver {
         if now == self.written {
             return;
         }
-        if let Err(error) = write_state(&self.host, &now.0, self.created) {
+        let written = fail_point!(SandboxState, write_state(&self.host, &now.0, self.created));
+        if let Err(error) = written {
             warn!(%error, "state.json is out of date");
         }
         self.written = now;

@@ -101,7 +101,9 @@ struct Accounts<'a> {
 impl Journal for Accounts<'_> {
     fn process(&self, name: &str, pid: i32, start_time: u64) -> io::Result<()> {
         let entry = Entry::Process { name: name.to_owned(), pid, start_time };
+        fail_point!(LaunchSpawned);
         record(self.ledger, entry).map_err(io::Error::other)?;
+        fail_point!(LaunchRecorded);
         if let Some(path) = self.cgroup
             && let Err(error) = cgroup::join(path, pid)
         {
@@ -146,6 +148,7 @@ impl Host {
         }
         std::fs::create_dir_all(&dir).map_err(fault)?;
         std::fs::set_permissions(&dir, std::os::unix::fs::PermissionsExt::from_mode(0o700)).map_err(fault)?;
+        fail_point!(SandboxDirectory);
         let mut ledger = Ledger::open(&dir).map_err(|e| Fault::of(Kind::Internal, &e))?;
         let own = Entry::Directory { path: dir.clone(), container: None };
         ledger.record(own).map_err(|e| Fault::of(Kind::Internal, &e))?;
@@ -153,6 +156,7 @@ impl Host {
         let start_time = process::start_time(pid).ok().flatten().unwrap_or(0);
         let shim = Entry::Process { name: "shim".into(), pid, start_time };
         ledger.record(shim).map_err(|e| Fault::of(Kind::Internal, &e))?;
+        fail_point!(SandboxLedger);
         let hub = Hub::new(inputs.clone());
         Ok(Self {
             identity,
@@ -256,8 +260,10 @@ impl Host {
         for part in cgroup::missing(path) {
             record(&self.ledger, Entry::Cgroup { path: part }).ok()?;
         }
-        match cgroup::create(path) {
+        kill_point!(CgroupRecorded);
+        match fail_point!(CgroupMake, cgroup::create(path).map_err(|e| Fault::of(Kind::Internal, &e))) {
             Ok(()) => {
+                kill_point!(CgroupMade);
                 *lock(&self.cgroup) = Some(path.to_owned());
                 Some(path.to_owned())
             }
@@ -274,10 +280,12 @@ impl Host {
             let alive = ready.running.ended().borrow().is_none();
             if let Some(agent) = ready.agent.filter(|_| alive) {
                 // Only to write everything out; the machine goes either way.
+                kill_point!(TeardownGuest);
                 let _ = tokio::time::timeout(GOODBYE, agent.shutdown()).await;
             }
             ready.running.stop("the sandbox ends").await;
         }
+        fail_point!(TeardownHost);
         let ledger = lock(&self.ledger).take();
         let Some(ledger) = ledger else { return Ok(()) };
         match tokio::task::spawn_blocking(move || ledger.release_all()).await {

@@ -144,7 +144,9 @@ impl PodNetwork {
             };
             ledger.as_mut().ok_or_else(gone)?.record(entry).map_err(|e| Fault::of(Kind::Internal, &e))?;
         }
+        fail_point!(JoinRecorded);
         join(&self.netns, link, &tap(card)).map_err(fault)?;
+        fail_point!(JoinMade);
         state.cards[card] = Some(link.index);
         Ok(())
     }

@@ -50,6 +50,10 @@ pub enum ShareError {
     /// The ledger could not be kept.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+    /// A test wants it so.
+    #[cfg(feature = "failpoints")]
+    #[error(transparent)]
+    Failpoint(#[from] crate::failpoint::Failed),
 }
 
 /// The share of one sandbox.
@@ -89,14 +93,18 @@ impl Share {
         for part in mounts {
             let target = if part.target.is_empty() { root.to_owned() } else { inside(root, &part.target) };
             ledger.record(mount_entry(&target, id))?;
+            fail_point!(RootRecorded);
             mount(&part.kind, &part.source, &part.options, &target)?;
+            fail_point!(RootMounted);
         }
         let folder = self.container_dir(id);
         ledger.record(Entry::Directory { path: folder.clone(), container: Some(id.to_string()) })?;
         make_dir(&folder.join("mounts"))?;
         let target = folder.join("rootfs");
         make_dir(&target)?;
-        self.bind(ledger, id, root, &target, true, read_only)
+        self.bind(ledger, id, root, &target, true, read_only)?;
+        fail_point!(RootShared);
+        Ok(())
     }
 
     /// Shows one bind mount to the guest.
@@ -113,6 +121,7 @@ impl Share {
             std::fs::File::create(&target)
                 .map_err(|source| ShareError::Make { path: target.clone(), source })?;
         }
+        fail_point!(BindPlaced);
         self.bind(ledger, id, &bind.source, &target, bind.recursive, bind.read_only)
     }
 
@@ -126,11 +135,13 @@ impl Share {
         read_only: bool,
     ) -> Result<(), ShareError> {
         ledger.record(mount_entry(target, id))?;
+        fail_point!(BindRecorded);
         let mut options = vec![if recursive { "rbind".to_owned() } else { "bind".to_owned() }];
         if read_only {
             options.push("ro".to_owned());
         }
         mount("bind", &source.to_string_lossy(), &options, target)?;
+        fail_point!(BindMounted);
         Ok(())
     }
 }

@@ -107,6 +107,7 @@ impl Host {
         if let Some(pod) = pod {
             blocking("look at the pod's network", move || pod.check_joins(network.as_deref())).await?;
         }
+        fail_point!(CreateHooks);
         hooks::run(&hooks, id, "created", self.vmm_pid(), &bundle).await?;
         if self.stands_for_pod(id) {
             // It has no output that would have to end before its own end is told.
@@ -116,11 +117,11 @@ impl Host {
         let key = ProcessKey::init(id);
         let tokens =
             self.hub.open(&key, &io, &self.logger(id)).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
-        let created = agent.create(id, spec, &io, tokens, console, disks).await;
+        let created = fail_point!(CreateStreams, agent.create(id, spec, &io, tokens, console, disks).await);
         if created.is_err() {
             self.hub.forget(&key);
         }
-        created
+        fail_point!(CreateGuest, created)
     }
 
     fn vmm_pid(&self) -> i32 {
@@ -128,10 +129,13 @@ impl Host {
     }
 
     pub(super) async fn guest_start(&self, id: &ContainerId) -> Result<(), Fault> {
+        fail_point!(StartNetwork);
         // Hooks and plugins may have given the pod its network since it was created.
         self.refresh_network().instrument(info_span!("network")).await?;
         if !self.stands_for_pod(id) {
+            fail_point!(StartGuest);
             self.agent()?.start(id).await?;
+            fail_point!(StartDone);
         }
         let (hooks, bundle) = match lock(&self.prepared).get(id) {
             Some(p) => (p.plan.hooks.poststart.clone(), p.bundle.clone()),
@@ -159,11 +163,11 @@ impl Host {
             .hub
             .open(key, io, &self.logger(&key.container))
             .map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
-        let started = agent.exec(key, process, io, tokens, size).await;
+        let started = fail_point!(ExecStreams, agent.exec(key, process, io, tokens, size).await);
         if started.is_err() {
             self.hub.forget(key);
         }
-        started
+        fail_point!(ExecDone, started)
     }
 
     pub(super) async fn ask(&self, ask: Ask) -> Result<Reply, Fault> {
@@ -172,7 +176,11 @@ impl Host {
         }
         let agent = self.agent()?;
         match ask {
-            Ask::Signal { key, signal, all } => agent.signal(&key, signal, all).await?,
+            Ask::Signal { key, signal, all } => {
+                fail_point!(Signal);
+                agent.signal(&key, signal, all).await?;
+                fail_point!(Signalled);
+            }
             Ask::Pause(id) => agent.pause(&id).await?,
             Ask::Resume(id) => agent.resume(&id).await?,
             Ask::Update(id, resources) => agent.update(&id, resources).await?,
@@ -224,7 +232,7 @@ impl Host {
         if guest
             && !self.stands_for_pod(id)
             && let Ok(agent) = self.agent()
-            && let Err(fault) = agent.delete(id).await
+            && let Err(fault) = fail_point!(ReleaseGuest, agent.delete(id).await)
         {
             warn!(%id, "the guest did not delete the container: {fault}");
         }
@@ -239,6 +247,7 @@ impl Host {
             Ok(Err(error)) => error!(%id, "{}", chain(&error)),
             Err(error) => error!(%id, %error, "taking the container back"),
         }
+        kill_point!(ReleaseDone);
         let prepared = lock(&self.prepared).remove(id);
         if prepared.as_ref().is_some_and(|p| p.plan.role == Role::Sandbox)
             && let Err(error) = std::fs::write(self.dir.join(POD_DELETED), "")

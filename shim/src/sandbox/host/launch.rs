@@ -56,8 +56,10 @@ impl Host {
         let share = self.dir.join("share");
         std::fs::create_dir_all(&share)
             .map_err(|e| Fault::internal(&format!("create {}", share.display()), &e))?;
+        fail_point!(AcquireShare);
         let vsock = self.dir.join("vsock");
         let control = guest::listen(&vsock, CONTROL_PORT).map_err(|e| Fault::of(Kind::Internal, &e))?;
+        fail_point!(AcquireListen);
         let streams = guest::listen(&vsock, STREAM_PORT).map_err(|e| Fault::of(Kind::Internal, &e))?;
         tokio::spawn(self.hub.clone().serve(streams));
         drop(acquire);
@@ -66,6 +68,7 @@ impl Host {
             blocking("look at the pod's network", move || PodNetwork::acquire(path.as_deref(), spare));
         let network = Arc::new(network.instrument(info_span!("network")).await?);
         *lock(&self.network) = Some(network.clone());
+        fail_point!(AcquireNetwork);
 
         let Wanted { config, sizing, .. } = &wanted;
         let guest_files = config.resolve_guest().map_err(config_fault)?;
@@ -98,6 +101,7 @@ impl Host {
         let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref() };
         let launch = hypervisor.launch(&shape, &bindings, &accounts).instrument(info_span!("launch"));
         let machine = launch.await.map_err(|e| Fault::of(Kind::FailedPrecondition, &e))?;
+        fail_point!(LaunchDone);
         let running = Running::watch(machine, cgroup.clone(), self.inputs.clone());
         let facts = MachineFacts {
             vmm_pid: running.pid(),
@@ -134,6 +138,7 @@ impl Host {
     async fn meet(&self, control: &tokio::net::UnixListener, wanted: &Wanted) -> Result<(), Fault> {
         let config = &wanted.config;
         let timeout = Duration::from_secs(config.agent.request_timeout_seconds);
+        fail_point!(HelloAwaited);
         // The taps are there by now. Meanwhile the guest boots.
         let joined = tokio::spawn(self.joined());
         let joined = async { joined.await.unwrap_or_else(|e| Err(Fault::internal("join the links", &e))) };
@@ -141,6 +146,7 @@ impl Host {
             .instrument(info_span!("hello"))
             .await
             .map_err(|e| Fault::of(Kind::Unavailable, &e))?;
+        fail_point!(HelloSaid);
         if let Some(path) = &config.trace_file {
             let now = SystemTime::now();
             trace::append(path, "kernel", now - Duration::from_nanos(hello.uptime_nanos), now);
@@ -152,8 +158,10 @@ impl Host {
         let hostname = if wanted.hostname.is_empty() { &own } else { &wanted.hostname };
         let network = joined.instrument(info_span!("join")).await?;
         let first = network.clone().unwrap_or_default();
+        fail_point!(Configure);
         let configured = agent.configure(hostname, wanted.sysctls.clone(), first);
         let guest = configured.instrument(info_span!("configure")).await?;
+        fail_point!(Configured);
         if let (Some(pod), Some(network)) = (lock(&self.network).as_ref(), network) {
             pod.was_told(network);
         }
@@ -200,8 +208,10 @@ impl Host {
     /// Ends the machine in order; its end is told as an input.
     pub(super) async fn halt(&self) {
         if let Ok(agent) = self.agent() {
-            let _ = tokio::time::timeout(GOODBYE, agent.shutdown()).await;
+            let goodbye = async { fail_point!(HaltGuest, agent.shutdown().await) };
+            let _ = tokio::time::timeout(GOODBYE, goodbye).await;
         }
+        kill_point!(HaltMachine);
         if let Some(ready) = lock(&self.ready).as_ref() {
             ready.running.kill("the pod is stopped");
         }

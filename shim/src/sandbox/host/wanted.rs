@@ -64,6 +64,7 @@ impl Host {
         let hostname = if pod.hostname.is_empty() { own } else { pod.hostname.clone() };
         let files = PodFiles::new(&self.dir);
         files.write(&hostname, &pod.dns)?;
+        fail_point!(PodFiles);
         let cgroup = Some(pod.cgroup_parent).filter(|parent| !parent.is_empty());
         let cgroup = cgroup.map(|parent| cgroup::below(&parent, &self.identity.id));
         let netns = Some(create.netns.clone()).filter(|path| !path.as_os_str().is_empty());
