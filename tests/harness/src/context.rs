@@ -20,6 +20,7 @@ use crate::spec;
 /// One running test.
 pub struct Context<'a> {
     node: &'a mut Node,
+    name: &'static str,
     dir: PathBuf,
     before: Snapshot,
     log_start: u64,
@@ -30,17 +31,18 @@ pub struct Context<'a> {
 const SETTLING: Duration = Duration::from_secs(15);
 
 impl<'a> Context<'a> {
-    pub(crate) fn begin(node: &'a mut Node) -> Result<Self> {
+    pub(crate) fn begin(node: &'a mut Node, name: &'static str) -> Result<Self> {
         let dir = node.dir().join("t");
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let before = Snapshot::take(node)?;
         let log_start = node.log_position();
-        Ok(Self { node, dir, before, log_start, changed_config: false })
+        Ok(Self { node, name, dir, before, log_start, changed_config: false })
     }
 
     /// Ends the test: puts everything back that the test changed in the node, and finds what was left.
     pub(crate) fn finish(mut self) -> Result<()> {
         self.restore_config()?;
+        self.node.disarm();
         let mut left = Vec::new();
         if self.node.pid().is_some() {
             self.left_in_containerd(&mut left)?;
@@ -64,6 +66,11 @@ impl<'a> Context<'a> {
             active.filter_map(|l| l.split_whitespace().next()).map(|k| format!("snapshot {k} in containerd")),
         );
         Ok(())
+    }
+
+    /// The name of the test.
+    pub fn name(&self) -> &'static str {
+        self.name
     }
 
     /// What is under test.

@@ -9,6 +9,7 @@ mod command;
 mod context;
 mod cri;
 mod events;
+mod failpoint;
 mod image;
 mod isolate;
 mod leak;

@@ -151,6 +151,7 @@ impl Node {
             .env("PATH", &self.settings.path)
             .env("NOTIFY_SOCKET", &ready.path)
             .env("BULKHEAD_CONFIG", self.bulkhead_config())
+            .env("BULKHEAD_FAILPOINT", self.failpoint())
             .stdin(Stdio::null())
             .stdout(Stdio::from(log.try_clone()?))
             .stderr(Stdio::from(log))

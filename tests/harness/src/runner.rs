@@ -293,7 +293,7 @@ impl Shared {
 }
 
 fn run_one(test: &Test, node: &mut Node) -> Result<()> {
-    let mut context = Context::begin(node)?;
+    let mut context = Context::begin(node, test.name)?;
     let result = catch_unwind(AssertUnwindSafe(|| (test.body)(&mut context)))
         .unwrap_or_else(|panic| Err(anyhow!("panicked: {}", panic_text(panic.as_ref()))));
     match result {
