@@ -12,9 +12,10 @@ use std::{
 };
 
 use nix::mount::{MntFlags, umount2};
+use oci_spec::runtime::Hook;
 use serde::{Deserialize, Serialize};
 
-use crate::process;
+use crate::{hooks, process};
 
 /// Name of the ledger in a sandbox's directory.
 pub const FILE_NAME: &str = "ledger";
@@ -31,6 +32,18 @@ pub enum Entry {
         pid: i32,
         /// Field 22 of /proc/<pid>/stat, in clock ticks since boot.
         start_time: u64,
+        /// The container it was made for; None for the sandbox itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        container: Option<String>,
+    },
+    /// What hooks of the host have made for a container: its `poststop` hooks take that back.
+    Hooks {
+        /// The hooks.
+        poststop: Vec<Hook>,
+        /// The container's state at that time, as they are told it.
+        state: String,
+        /// The container.
+        container: Option<String>,
     },
     /// A mount point. What is mounted over it later is taken away with it.
     Mount {
@@ -74,7 +87,10 @@ pub enum Entry {
 impl Entry {
     fn container(&self) -> Option<&str> {
         match self {
-            Entry::Mount { container, .. } | Entry::Directory { container, .. } => container.as_deref(),
+            Entry::Process { container, .. }
+            | Entry::Hooks { container, .. }
+            | Entry::Mount { container, .. }
+            | Entry::Directory { container, .. } => container.as_deref(),
             _ => None,
         }
     }
@@ -135,13 +151,14 @@ impl Ledger {
         Ok(())
     }
 
-    /// Takes back what was made for `container`, newest first, and forgets it.
-    pub fn release_container(&mut self, container: &str) -> Result<(), LedgerError> {
+    /// Forgets what was made for `container` and answers it, for [`release`]: that may take its time, in which
+    /// others must be able to write here.
+    pub fn take_container(&mut self, container: &str) -> Result<Vec<Entry>, LedgerError> {
         let (ours, kept) =
             std::mem::take(&mut self.entries).into_iter().partition(|e| e.container() == Some(container));
         self.entries = kept;
         self.rewrite()?;
-        release(ours)
+        Ok(ours)
     }
 
     /// Takes everything back, newest first.
@@ -186,7 +203,8 @@ fn read(path: &Path) -> Result<Vec<Entry>, LedgerError> {
     Ok(entries)
 }
 
-fn release(entries: Vec<Entry>) -> Result<(), LedgerError> {
+/// Takes back what `entries` name, newest first.
+pub fn release(entries: Vec<Entry>) -> Result<(), LedgerError> {
     let mut left = Vec::new();
     // Processes first, whatever the order: nothing can be unmounted or removed under one that uses it.
     let (processes, things): (Vec<_>, Vec<_>) =
@@ -204,8 +222,11 @@ fn take_back(entry: &Entry) -> Result<(), String> {
     match entry {
         // A shim that unwinds its own ledger ends by itself.
         Entry::Process { pid, .. } if *pid == std::process::id() as i32 => Ok(()),
-        Entry::Process { name, pid, start_time } => {
+        Entry::Process { name, pid, start_time, .. } => {
             process::end(*pid, *start_time).map_err(|e| format!("process {name} ({pid}): {e}"))
+        }
+        Entry::Hooks { poststop, state, .. } => {
+            hooks::run_all(poststop, state).map_err(|e| format!("poststop {e}"))
         }
         Entry::Mount { target, .. } => {
             unmount(target).map_err(|e| format!("mount {}: {e}", target.display()))
@@ -299,10 +320,26 @@ mod tests {
             ledger.record(dir_entry(path, Some(id))).unwrap();
             std::fs::create_dir(path).unwrap();
         }
-        ledger.release_container("a").unwrap();
+        release(ledger.take_container("a").unwrap()).unwrap();
         assert!(!a.exists() && b.exists());
         drop(ledger);
         assert_eq!(read(&tmp.path().join(FILE_NAME)).unwrap(), vec![dir_entry(&b, Some("b"))]);
+    }
+
+    #[test]
+    fn what_hooks_have_made_is_taken_back_by_hooks() {
+        let tmp = tempfile::tempdir().unwrap();
+        let note = tmp.path().join("note");
+        let mut hook = Hook::default();
+        hook.set_path("/bin/sh".into());
+        let script = format!("cat > {}", note.display());
+        hook.set_args(Some(["sh", "-c", &script].map(str::to_owned).to_vec()));
+        let mut ledger = Ledger::open(tmp.path()).unwrap();
+        let (state, container) = ("{\"id\":\"c\"}".to_owned(), Some("c".to_owned()));
+        ledger.record(Entry::Hooks { poststop: vec![hook], state, container }).unwrap();
+        drop(ledger);
+        release_left_behind(tmp.path()).unwrap();
+        assert_eq!(std::fs::read_to_string(note).unwrap(), "{\"id\":\"c\"}");
     }
 
     #[test]
@@ -322,12 +359,12 @@ mod tests {
         let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
         let pid = child.id() as i32;
         let start_time = process::start_time(pid).unwrap().unwrap();
-        let other = Entry::Process { name: "other".into(), pid, start_time: start_time + 1 };
+        let other = Entry::Process { name: "other".into(), pid, start_time: start_time + 1, container: None };
         release(vec![other]).unwrap();
         assert!(child.try_wait().unwrap().is_none(), "a process with another start time is not ours");
         // A child of ours stays a zombie until it is waited for; ending it must not wait for that.
         let reaper = std::thread::spawn(move || child.wait().unwrap());
-        release(vec![Entry::Process { name: "ours".into(), pid, start_time }]).unwrap();
+        release(vec![Entry::Process { name: "ours".into(), pid, start_time, container: None }]).unwrap();
         assert!(!reaper.join().unwrap().success());
     }
 

@@ -7,6 +7,7 @@ pub mod entry;
 pub mod error;
 pub mod events;
 pub mod guest;
+pub mod hooks;
 pub mod ids;
 pub mod ledger;
 pub mod log;

@@ -100,7 +100,7 @@ struct Accounts<'a> {
 
 impl Journal for Accounts<'_> {
     fn process(&self, name: &str, pid: i32, start_time: u64) -> io::Result<()> {
-        let entry = Entry::Process { name: name.to_owned(), pid, start_time };
+        let entry = Entry::Process { name: name.to_owned(), pid, start_time, container: None };
         record(self.ledger, entry).map_err(io::Error::other)?;
         if let Some(path) = self.cgroup
             && let Err(error) = cgroup::join(path, pid)
@@ -151,7 +151,7 @@ impl Host {
         ledger.record(own).map_err(|e| Fault::of(Kind::Internal, &e))?;
         let pid = std::process::id() as i32;
         let start_time = process::start_time(pid).ok().flatten().unwrap_or(0);
-        let shim = Entry::Process { name: "shim".into(), pid, start_time };
+        let shim = Entry::Process { name: "shim".into(), pid, start_time, container: None };
         ledger.record(shim).map_err(|e| Fault::of(Kind::Internal, &e))?;
         let hub = Hub::new(inputs.clone());
         Ok(Self {

@@ -9,7 +9,6 @@
 
 pub mod driver;
 mod forward;
-mod hooks;
 pub mod host;
 mod machine;
 pub mod model;

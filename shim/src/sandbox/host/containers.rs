@@ -1,24 +1,18 @@
 //! The containers of a sandbox: their files on the host, their lives in the guest, what is asked of them.
 //! Knows the agent and the share; the machine is there, or is not.
 
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-    time::SystemTime,
-};
+use std::{collections::HashMap, path::Path, time::SystemTime};
 
 use tracing::{Instrument, error, info_span, warn};
 
-use super::{
-    super::{hooks, model::*},
-    Host, POD_DELETED, blocking, lock,
-    wanted::load_spec,
-};
+use super::{super::model::*, Host, POD_DELETED, blocking, lock, record, wanted::load_spec};
 use crate::{
     cgroup,
     error::{Fault, Kind, chain},
     guest::Agent,
+    hooks,
     ids::{ContainerId, ProcessKey},
+    ledger::{self, Entry},
     plan::{self, ContainerPlan, Role},
     stdio::LoggerContext,
     storage::{PodFiles, Share},
@@ -28,7 +22,8 @@ use crate::{
 #[derive(Clone)]
 pub(super) struct Prepared {
     plan: ContainerPlan,
-    bundle: PathBuf,
+    /// As its hooks are told of it.
+    subject: hooks::Subject,
     io: Io,
 }
 
@@ -44,7 +39,12 @@ impl Host {
         if role != Role::Sandbox {
             self.share_files(&request, &plan).await?;
         }
-        let prepared = Prepared { plan, bundle: request.bundle, io: request.io };
+        let subject = hooks::Subject {
+            id: request.id.to_string(),
+            bundle: request.bundle,
+            annotations: plan.guest_spec.annotations().clone().unwrap_or_default(),
+        };
+        let prepared = Prepared { plan, subject, io: request.io };
         lock(&self.prepared).insert(request.id, prepared);
         Ok(role)
     }
@@ -84,7 +84,7 @@ impl Host {
 
     pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<(), Fault> {
         let agent = self.agent()?;
-        let (hooks, bundle, io, console, spec, network, disks) = {
+        let (hooks, subject, io, console, spec, network, disks) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
@@ -92,8 +92,8 @@ impl Host {
             let spec =
                 serde_json::to_vec(&p.plan.guest_spec).map_err(|e| Fault::internal("write the spec", &e))?;
             (
-                p.plan.hooks.create.clone(),
-                p.bundle.clone(),
+                p.plan.hooks.clone(),
+                p.subject.clone(),
                 p.io.clone(),
                 p.plan.console,
                 spec,
@@ -107,7 +107,13 @@ impl Host {
         if let Some(pod) = pod {
             blocking("look at the pod's network", move || pod.check_joins(network.as_deref())).await?;
         }
-        hooks::run(&hooks, id, "created", self.vmm_pid(), &bundle).await?;
+        if !hooks.poststop.is_empty() {
+            let state = subject.state("stopped", 0);
+            let poststop = hooks.poststop;
+            record(&self.ledger, Entry::Hooks { poststop, state, container: Some(id.to_string()) })?;
+        }
+        let hooked = hooks::run(&hooks.create, &subject.state("created", self.vmm_pid())).await;
+        hooked.map_err(|why| Fault::new(Kind::Internal, why))?;
         if self.stands_for_pod(id) {
             // It has no output that would have to end before its own end is told.
             let _ = self.inputs.send(Input::StreamsClosed(ProcessKey::init(id)));
@@ -133,13 +139,13 @@ impl Host {
         if !self.stands_for_pod(id) {
             self.agent()?.start(id).await?;
         }
-        let (hooks, bundle) = match lock(&self.prepared).get(id) {
-            Some(p) => (p.plan.hooks.poststart.clone(), p.bundle.clone()),
+        let (hooks, subject) = match lock(&self.prepared).get(id) {
+            Some(p) => (p.plan.hooks.poststart.clone(), p.subject.clone()),
             None => return Ok(()),
         };
         // The specification says of poststart: an error is told, the lifecycle goes on.
-        if let Err(fault) = hooks::run(&hooks, id, "running", self.vmm_pid(), &bundle).await {
-            warn!("poststart {fault}");
+        if let Err(why) = hooks::run(&hooks, &subject.state("running", self.vmm_pid())).await {
+            warn!("poststart {why}");
         }
         Ok(())
     }
@@ -230,9 +236,9 @@ impl Host {
         }
         self.hub.forget(&ProcessKey::init(id));
         let (ledger, name) = (self.ledger.clone(), id.to_string());
-        let work = tokio::task::spawn_blocking(move || match lock(&ledger).as_mut() {
-            Some(ledger) => ledger.release_container(&name),
-            None => Ok(()),
+        let work = tokio::task::spawn_blocking(move || {
+            let taken = lock(&ledger).as_mut().map(|ledger| ledger.take_container(&name));
+            taken.map_or(Ok(()), |taken| ledger::release(taken?))
         });
         match work.await {
             Ok(Ok(())) => {}
@@ -244,11 +250,6 @@ impl Host {
             && let Err(error) = std::fs::write(self.dir.join(POD_DELETED), "")
         {
             warn!(%error, "{POD_DELETED}");
-        }
-        if let Some(p) = prepared
-            && let Err(fault) = hooks::run(&p.plan.hooks.poststop, id, "stopped", 0, &p.bundle).await
-        {
-            warn!("poststop {fault}");
         }
     }
 }
