@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use tracing::{Instrument, error, info_span, warn};
 
 use self::{containers::Prepared, wanted::Wanted};
-use super::{machine::Running, model::*, network::PodNetwork};
+use super::{machine::Running, model::*, network::PodNetwork, stand_in::StandIn};
 use crate::{
     cgroup,
     config::Config,
@@ -90,6 +90,7 @@ pub struct Host {
     cgroup: Mutex<Option<String>>,
     disks: Mutex<Disks>,
     network: Mutex<Option<Arc<PodNetwork>>>,
+    stand_ins: Mutex<HashMap<ContainerId, StandIn>>,
 }
 
 /// Records processes in the ledger and counts them to the sandbox.
@@ -169,6 +170,7 @@ impl Host {
             cgroup: Mutex::default(),
             disks: Mutex::default(),
             network: Mutex::default(),
+            stand_ins: Mutex::default(),
         })
     }
 
@@ -269,6 +271,10 @@ impl Host {
     }
 
     async fn teardown(&self) -> Result<(), Fault> {
+        let stand_ins = std::mem::take(&mut *lock(&self.stand_ins));
+        for stand_in in stand_ins.into_values() {
+            stand_in.stop().await;
+        }
         let ready = lock(&self.ready).take();
         if let Some(ready) = ready {
             let alive = ready.running.ended().borrow().is_none();

@@ -13,4 +13,5 @@ pub mod host;
 mod machine;
 pub mod model;
 mod network;
+mod stand_in;
 pub mod state;

@@ -1,11 +1,19 @@
 //! The containers of a sandbox: their files on the host, their lives in the guest, what is asked of them.
 //! Knows the agent and the share; the machine is there, or is not.
 
-use std::{collections::HashMap, path::Path, time::SystemTime};
+use std::{collections::HashMap, io, path::Path, time::SystemTime};
 
+use bulkhead_proto::agent::GuestProcess;
 use tracing::{Instrument, error, info_span, warn};
 
-use super::{super::model::*, Host, POD_DELETED, blocking, lock, record, wanted::load_spec};
+use super::{
+    super::{
+        model::*,
+        stand_in::{Arrival, StandIn, arrived},
+    },
+    Host, POD_DELETED, blocking, lock, record,
+    wanted::load_spec,
+};
 use crate::{
     cgroup,
     error::{Fault, Kind, chain},
@@ -17,6 +25,14 @@ use crate::{
     stdio::LoggerContext,
     storage::{PodFiles, Share},
 };
+
+/// Below a sandbox's directory: the empty root of what stands for a pod.
+const NO_ROOT: &str = "void";
+
+/// No process of the host has a pid from here on (`PID_MAX_LIMIT` of include/linux/threads.h, 64 bits). Processes
+/// of the guest are told beyond it, by their pid in the guest: whoever looks such a pid up on the host must find
+/// nothing, not a process that happens to have the same number.
+const BEYOND_THE_HOST: u32 = 4 << 20;
 
 /// A container whose files are in the share.
 #[derive(Clone)]
@@ -82,7 +98,8 @@ impl Host {
         LoggerContext { namespace: self.identity.namespace.clone(), container: id.to_string() }
     }
 
-    pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<(), Fault> {
+    /// Makes the container in the guest and its stand-in on the host; answers the pid of the latter.
+    pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<i32, Fault> {
         let agent = self.agent()?;
         let (hooks, subject, io, console, spec, network, disks) = {
             let prepared = lock(&self.prepared);
@@ -112,12 +129,14 @@ impl Host {
             let poststop = hooks.poststop;
             record(&self.ledger, Entry::Hooks { poststop, state, container: Some(id.to_string()) })?;
         }
-        let hooked = hooks::run(&hooks.create, &subject.state("created", self.vmm_pid())).await;
+        let (pid, arrival) = self.stand_in(id)?;
+        arrived(arrival).await?;
+        let hooked = hooks::run(&hooks.create, &subject.state("created", pid)).await;
         hooked.map_err(|why| Fault::new(Kind::Internal, why))?;
         if self.stands_for_pod(id) {
             // It has no output that would have to end before its own end is told.
             let _ = self.inputs.send(Input::StreamsClosed(ProcessKey::init(id)));
-            return Ok(());
+            return Ok(pid);
         }
         let key = ProcessKey::init(id);
         let tokens =
@@ -126,11 +145,44 @@ impl Host {
         if created.is_err() {
             self.hub.forget(&key);
         }
-        created
+        created.map(|()| pid)
     }
 
-    fn vmm_pid(&self) -> i32 {
-        self.machine().map_or(0, |m| m.vmm_pid)
+    /// Starts the process of the host that stands for the container.
+    fn stand_in(&self, id: &ContainerId) -> Result<(i32, Arrival), Fault> {
+        let failed = |e: io::Error| Fault::internal("start the process that stands for the container", &e);
+        let (root, command) = match lock(&self.prepared).get(id) {
+            // Nobody has anything to look for in the root of a pod.
+            Some(p) if p.plan.role == Role::Sandbox => (self.dir.join(NO_ROOT), Vec::new()),
+            prepared => {
+                let process = prepared.and_then(|p| p.plan.guest_spec.process().as_ref());
+                let args = process.and_then(|p| p.args().clone()).unwrap_or_default();
+                (Share::new(self.dir.join("share")).root(id), args)
+            }
+        };
+        if root.ends_with(NO_ROOT) {
+            std::fs::create_dir_all(&root).map_err(failed)?;
+        }
+        let network = lock(&self.network).clone();
+        let network = network.ok_or_else(|| Fault::new(Kind::Unavailable, "the pod has no network"))?;
+        let network = network.namespace().map_err(failed)?;
+        let (stand_in, arrival) =
+            StandIn::start(id, &command, root, network, self.inputs.clone()).map_err(failed)?;
+        let (pid, start_time) = (stand_in.pid(), stand_in.start_time());
+        let container = Some(id.to_string());
+        record(&self.ledger, Entry::Process { name: "stand-in".into(), pid, start_time, container })?;
+        if let Some(path) = lock(&self.cgroup).clone()
+            && let Err(error) = cgroup::join(&path, pid)
+        {
+            warn!(pid, "the stand-in is not counted to the sandbox: {}", chain(&error));
+        }
+        lock(&self.stand_ins).insert(id.clone(), stand_in);
+        Ok((pid, arrival))
+    }
+
+    /// The pid of the container for the host; 0 for one that has none.
+    fn pid(&self, id: &ContainerId) -> i32 {
+        lock(&self.stand_ins).get(id).map_or(0, StandIn::pid)
     }
 
     pub(super) async fn guest_start(&self, id: &ContainerId) -> Result<(), Fault> {
@@ -144,7 +196,7 @@ impl Host {
             None => return Ok(()),
         };
         // The specification says of poststart: an error is told, the lifecycle goes on.
-        if let Err(why) = hooks::run(&hooks, &subject.state("running", self.vmm_pid())).await {
+        if let Err(why) = hooks::run(&hooks, &subject.state("running", self.pid(id))).await {
             warn!("poststart {why}");
         }
         Ok(())
@@ -187,7 +239,10 @@ impl Host {
             Ask::PodStats => return Ok(Reply::Stats(self.pod_stats(&agent).await?)),
             Ask::Pids(id) => {
                 let processes = agent.pids(&id).await?.processes;
-                return Ok(Reply::Pids(processes.into_iter().map(|p| (p.pid, p.exec_id)).collect()));
+                let init = self.pid(&id).unsigned_abs();
+                let pid =
+                    |p: &GuestProcess| if p.init { init } else { BEYOND_THE_HOST.saturating_add(p.pid) };
+                return Ok(Reply::Pids(processes.into_iter().map(|p| (pid(&p), p.exec_id)).collect()));
             }
         }
         Ok(Reply::Empty)
@@ -207,7 +262,7 @@ impl Host {
                 let _ = self.inputs.send(Input::GuestExit(key, exit));
                 Ok(Reply::Empty)
             }
-            Ask::Pids(_) => Ok(Reply::Pids(vec![(self.vmm_pid().unsigned_abs(), String::new())])),
+            Ask::Pids(id) => Ok(Reply::Pids(vec![(self.pid(&id).unsigned_abs(), String::new())])),
             Ask::Stats(_) | Ask::PodStats => Ok(Reply::Stats(self.pod_stats(&self.agent()?).await?)),
             Ask::Pause(id) => Err(no_process(&id, "pause")),
             Ask::Resume(id) => Err(no_process(&id, "resume")),
@@ -235,6 +290,10 @@ impl Host {
             warn!(%id, "the guest did not delete the container: {fault}");
         }
         self.hub.forget(&ProcessKey::init(id));
+        let stand_in = lock(&self.stand_ins).remove(id);
+        if let Some(stand_in) = stand_in {
+            stand_in.stop().await;
+        }
         let (ledger, name) = (self.ledger.clone(), id.to_string());
         let work = tokio::task::spawn_blocking(move || {
             let taken = lock(&ledger).as_mut().map(|ledger| ledger.take_container(&name));
