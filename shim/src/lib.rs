@@ -11,6 +11,7 @@ pub mod hooks;
 pub mod ids;
 pub mod ledger;
 pub mod log;
+pub mod logger;
 pub mod plan;
 pub mod process;
 pub mod sandbox;

@@ -21,8 +21,10 @@ use crate::{
     hooks,
     ids::{ContainerId, ProcessKey},
     ledger::{self, Entry},
+    logger::LoggerContext,
     plan::{self, ContainerPlan, Role},
-    stdio::LoggerContext,
+    process,
+    stdio::Tokens,
     storage::{PodFiles, Share},
 };
 
@@ -139,13 +141,26 @@ impl Host {
             return Ok(pid);
         }
         let key = ProcessKey::init(id);
-        let tokens =
-            self.hub.open(&key, &io, &self.logger(id)).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        let tokens = self.open_streams(&key, &io).await?;
         let created = agent.create(id, spec, &io, tokens, console, disks).await;
         if created.is_err() {
             self.hub.forget(&key);
         }
         created.map(|()| pid)
+    }
+
+    /// Opens the host's ends of a process's streams. A logging program must not outlive a shim that is killed: what
+    /// it waits for may never come.
+    async fn open_streams(&self, key: &ProcessKey, io: &Io) -> Result<Tokens, Fault> {
+        let opened = self.hub.open(key, io, &self.logger(&key.container)).await;
+        let tokens = opened.map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        if let Some(pid) = self.hub.logger_pid(key)
+            && let Ok(Some(start_time)) = process::start_time(pid)
+        {
+            let (name, container) = ("logging program".into(), Some(key.container.to_string()));
+            record(&self.ledger, Entry::Process { name, pid, start_time, container })?;
+        }
+        Ok(tokens)
     }
 
     /// Starts the process of the host that stands for the container.
@@ -213,10 +228,7 @@ impl Host {
             return Err(no_process(&key.container, "run a process in"));
         }
         let agent = self.agent()?;
-        let tokens = self
-            .hub
-            .open(key, io, &self.logger(&key.container))
-            .map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        let tokens = self.open_streams(key, io).await?;
         let started = agent.exec(key, process, io, tokens, size).await;
         if started.is_err() {
             self.hub.forget(key);
@@ -290,6 +302,7 @@ impl Host {
             warn!(%id, "the guest did not delete the container: {fault}");
         }
         self.hub.forget(&ProcessKey::init(id));
+        self.hub.end_loggers(id).await;
         let stand_in = lock(&self.stand_ins).remove(id);
         if let Some(stand_in) = stand_in {
             stand_in.stop().await;
