@@ -25,7 +25,7 @@ use crate::{
     plan::{self, ContainerPlan, Role},
     process,
     stdio::Tokens,
-    storage::{PodFiles, Share},
+    storage::{PodFiles, Share, points},
 };
 
 /// Below a sandbox's directory: the empty root of what stands for a pod.
@@ -72,6 +72,7 @@ impl Host {
         // With mounts the root is where containerd will unmount it; without, it is what the spec names.
         let root = request.bundle.join(if rootfs.is_empty() { &plan.root_path } else { Path::new("rootfs") });
         let (binds, read_only) = (plan.binds.clone(), plan.root_read_only);
+        let points = points::of(plan.guest_spec.mounts().as_deref().unwrap_or_default(), &plan.binds);
         let share = Share::new(self.dir.join("share"));
         let ledger = self.ledger.clone();
         // Mounting may block on the host's storage; the driver must not.
@@ -83,6 +84,10 @@ impl Host {
             share
                 .add_root(ledger, &id, &root, &rootfs, read_only)
                 .map_err(|e| Fault::of(Kind::Internal, &e))?;
+            // Without one the guest says what it cannot mount, and why.
+            if read_only && let Err(error) = points::make(&root, &points) {
+                warn!(%id, %error, "a mount point cannot be made in the root");
+            }
             for bind in &binds {
                 share.add_bind(ledger, &id, bind).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
             }
