@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(network.refresh(&SharedLedger::default()).unwrap(), None);
         let (mut shape, mut bindings) = (shape(), bindings());
         network.equip(&mut shape, &mut bindings);
-        assert_eq!((shape.nets.len(), bindings.nets[0].tap.as_str()), (1, "bhtap0"));
+        assert_eq!((shape.nets.len(), bindings.nets[0].tap.as_str()), (1, "lobhtap0"));
         assert!(bindings.netns.is_some());
     }
 
