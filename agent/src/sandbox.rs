@@ -401,8 +401,9 @@ impl Sandbox {
             cgroup::processes(&cgroup::path(id)).doing(|| format!("list the processes of container {id}"))?;
         let of = |pid: i32| {
             let exec = container.processes.iter().find(|(_, process)| process.pid == pid);
+            let init = exec.is_some_and(|(exec_id, _)| exec_id.is_empty());
             let exec_id = exec.map(|(exec_id, _)| exec_id.clone()).unwrap_or_default();
-            GuestProcess { pid: pid as u32, exec_id, ..Default::default() }
+            GuestProcess { pid: pid as u32, exec_id, init, ..Default::default() }
         };
         Ok(pids.into_iter().map(of).collect())
     }

@@ -12,9 +12,10 @@ use std::{
 };
 
 use nix::mount::{MntFlags, umount2};
+use oci_spec::runtime::Hook;
 use serde::{Deserialize, Serialize};
 
-use crate::process;
+use crate::{hooks, process};
 
 /// Name of the ledger in a sandbox's directory.
 pub const FILE_NAME: &str = "ledger";
@@ -31,6 +32,18 @@ pub enum Entry {
         pid: i32,
         /// Field 22 of /proc/<pid>/stat, in clock ticks since boot.
         start_time: u64,
+        /// The container it was made for; None for the sandbox itself.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        container: Option<String>,
+    },
+    /// What hooks of the host have made for a container: its `poststop` hooks take that back.
+    Hooks {
+        /// The hooks.
+        poststop: Vec<Hook>,
+        /// The container's state at that time, as they are told it.
+        state: String,
+        /// The container.
+        container: Option<String>,
     },
     /// A mount point. What is mounted over it later is taken away with it.
     Mount {
@@ -74,7 +87,10 @@ pub enum Entry {
 impl Entry {
     fn container(&self) -> Option<&str> {
         match self {
-            Entry::Mount { container, .. } | Entry::Directory { container, .. } => container.as_deref(),
+            Entry::Process { container, .. }
+            | Entry::Hooks { container, .. }
+            | Entry::Mount { container, .. }
+            | Entry::Directory { container, .. } => container.as_deref(),
             _ => None,
         }
     }
@@ -143,17 +159,19 @@ impl Ledger {
         Ok(())
     }
 
-    /// Takes back what was made for `container`, newest first, and forgets it. What cannot be taken back stays in
-    /// the ledger, for the end of the sandbox.
-    pub fn release_container(&mut self, container: &str) -> Result<(), LedgerError> {
+    /// What was made for `container`. It is taken back by [`release`], which may take its time, in which others must
+    /// be able to write here; and only then forgotten, for whoever unwinds after a kill in between must find it.
+    pub fn of_container(&self, container: &str) -> Result<Vec<Entry>, LedgerError> {
         fail_point!(ReleaseHost);
-        let of_container = |entry: &&Entry| entry.container() == Some(container);
-        let ours: Vec<Entry> = self.entries.iter().filter(of_container).cloned().collect();
-        // Taken back before it is forgotten: whoever unwinds after a kill in between must find it.
-        let left = remove_things(&ours);
+        let ours = self.entries.iter().filter(|entry| entry.container() == Some(container));
+        Ok(ours.cloned().collect())
+    }
+
+    /// Forgets `released`, but for what is left of it: that is tried again at the end of the sandbox.
+    pub fn forget(&mut self, released: &[Entry], left: Left) -> Result<(), LedgerError> {
         fail_point!(ReleaseForget);
         let is_left = |entry: &Entry| left.iter().any(|(left, _)| left == entry);
-        self.entries.retain(|entry| entry.container() != Some(container) || is_left(entry));
+        self.entries.retain(|entry| !released.contains(entry) || is_left(entry));
         self.rewrite()?;
         all_or(left)
     }
@@ -184,10 +202,7 @@ impl Ledger {
 
 /// Takes back everything that the ledger in `dir` names. A missing ledger is an empty one.
 pub fn release_left_behind(dir: &Path) -> Result<(), LedgerError> {
-    let entries = read(&dir.join(FILE_NAME))?;
-    let mut left = end_processes(&entries);
-    left.extend(remove_things(&entries));
-    all_or(left)
+    all_or(release(&read(&dir.join(FILE_NAME))?))
 }
 
 fn read(path: &Path) -> Result<Vec<Entry>, LedgerError> {
@@ -208,7 +223,14 @@ fn read(path: &Path) -> Result<Vec<Entry>, LedgerError> {
 }
 
 /// What could not be taken back, and why.
-type Left = Vec<(Entry, String)>;
+pub type Left = Vec<(Entry, String)>;
+
+/// Takes back what `entries` name; answers what is left.
+pub fn release(entries: &[Entry]) -> Left {
+    let mut left = end_processes(entries);
+    left.extend(remove_things(entries));
+    left
+}
 
 /// Processes come first, whatever the order: nothing can be unmounted or removed under one that uses it. In the
 /// order of their making: the first is the shim, which would react to the deaths of the others.
@@ -236,8 +258,11 @@ fn take_back(entry: &Entry) -> Result<(), String> {
     match entry {
         // A shim that unwinds its own ledger ends by itself.
         Entry::Process { pid, .. } if *pid == std::process::id() as i32 => Ok(()),
-        Entry::Process { name, pid, start_time } => {
+        Entry::Process { name, pid, start_time, .. } => {
             process::end(*pid, *start_time).map_err(|e| format!("process {name} ({pid}): {e}"))
+        }
+        Entry::Hooks { poststop, state, .. } => {
+            hooks::run_all(poststop, state).map_err(|e| format!("poststop {e}"))
         }
         Entry::Mount { target, .. } => {
             unmount(target).map_err(|e| format!("mount {}: {e}", target.display()))
@@ -303,10 +328,10 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn release(entries: Vec<Entry>) -> Result<(), LedgerError> {
-        let mut left = end_processes(&entries);
-        left.extend(remove_things(&entries));
-        all_or(left)
+    fn release_of(ledger: &mut Ledger, container: &str) -> Result<(), LedgerError> {
+        let entries = ledger.of_container(container).unwrap();
+        let left = release(&entries);
+        ledger.forget(&entries, left)
     }
 
     fn dir_entry(path: &Path, container: Option<&str>) -> Entry {
@@ -337,7 +362,7 @@ mod tests {
             ledger.record(dir_entry(path, Some(id))).unwrap();
             std::fs::create_dir(path).unwrap();
         }
-        ledger.release_container("a").unwrap();
+        release_of(&mut ledger, "a").unwrap();
         assert!(!a.exists() && b.exists());
         drop(ledger);
         assert_eq!(read(&tmp.path().join(FILE_NAME)).unwrap(), vec![dir_entry(&b, Some("b"))]);
@@ -350,11 +375,27 @@ mod tests {
         std::fs::write(&busy, "no directory").unwrap();
         let mut ledger = Ledger::open(tmp.path()).unwrap();
         ledger.record(dir_entry(&busy, Some("a"))).unwrap();
-        assert!(ledger.release_container("a").unwrap_err().to_string().contains("busy"));
+        assert!(release_of(&mut ledger, "a").unwrap_err().to_string().contains("busy"));
         std::fs::remove_file(&busy).unwrap();
         std::fs::create_dir(&busy).unwrap();
         ledger.release_all().unwrap();
         assert!(!busy.exists());
+    }
+
+    #[test]
+    fn what_hooks_have_made_is_taken_back_by_hooks() {
+        let tmp = tempfile::tempdir().unwrap();
+        let note = tmp.path().join("note");
+        let mut hook = Hook::default();
+        hook.set_path("/bin/sh".into());
+        let script = format!("cat > {}", note.display());
+        hook.set_args(Some(["sh", "-c", &script].map(str::to_owned).to_vec()));
+        let mut ledger = Ledger::open(tmp.path()).unwrap();
+        let (state, container) = ("{\"id\":\"c\"}".to_owned(), Some("c".to_owned()));
+        ledger.record(Entry::Hooks { poststop: vec![hook], state, container }).unwrap();
+        drop(ledger);
+        release_left_behind(tmp.path()).unwrap();
+        assert_eq!(std::fs::read_to_string(note).unwrap(), "{\"id\":\"c\"}");
     }
 
     #[test]
@@ -374,12 +415,13 @@ mod tests {
         let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().unwrap();
         let pid = child.id() as i32;
         let start_time = process::start_time(pid).unwrap().unwrap();
-        let other = Entry::Process { name: "other".into(), pid, start_time: start_time + 1 };
-        release(vec![other]).unwrap();
+        let other = Entry::Process { name: "other".into(), pid, start_time: start_time + 1, container: None };
+        assert!(release(&[other]).is_empty());
         assert!(child.try_wait().unwrap().is_none(), "a process with another start time is not ours");
         // A child of ours stays a zombie until it is waited for; ending it must not wait for that.
         let reaper = std::thread::spawn(move || child.wait().unwrap());
-        release(vec![Entry::Process { name: "ours".into(), pid, start_time }]).unwrap();
+        let ours = Entry::Process { name: "ours".into(), pid, start_time, container: None };
+        assert!(release(&[ours]).is_empty());
         assert!(!reaper.join().unwrap().success());
     }
 
@@ -390,7 +432,8 @@ mod tests {
         std::fs::create_dir(&gone).unwrap();
         let stuck = tmp.path().join("dir-not-file");
         std::fs::create_dir(&stuck).unwrap();
-        let error = release(vec![dir_entry(&gone, None), Entry::File { path: stuck.clone() }]).unwrap_err();
+        let left = release(&[dir_entry(&gone, None), Entry::File { path: stuck.clone() }]);
+        let error = all_or(left).unwrap_err();
         assert!(error.to_string().contains("dir-not-file"), "{error}");
         assert!(!gone.exists());
     }

@@ -13,9 +13,8 @@ use std::{
     collections::HashMap,
     fs::File,
     io,
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
-    path::{Path, PathBuf},
-    process::Stdio as ChildStdio,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -24,7 +23,6 @@ use std::{
 };
 
 use bulkhead_proto::stream::{STREAM_PREFACE_LEN, TOKEN_LEN, Token, decode_stream};
-use command_fds::{CommandFdExt, FdMapping};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpStream, UnixListener, UnixStream, unix::pipe},
@@ -33,7 +31,8 @@ use tokio::{
 use tracing::{debug, warn};
 
 use crate::{
-    ids::ProcessKey,
+    ids::{ContainerId, ProcessKey},
+    logger::{Logger, LoggerContext, LoggerError},
     sandbox::model::{Input, Io},
 };
 
@@ -67,14 +66,8 @@ pub enum StdioError {
         scheme: String,
     },
     /// The logging program of a binary:// URI.
-    #[error("start logging program {}", program.display())]
-    Logger {
-        /// Which.
-        program: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Logger(#[from] LoggerError),
     /// A test wants it so.
     #[cfg(feature = "failpoints")]
     #[error(transparent)]
@@ -106,6 +99,7 @@ struct Table {
     expected: HashMap<Token, Expected>,
     totals: HashMap<Token, watch::Sender<Option<u64>>>,
     stdins: HashMap<ProcessKey, pipe::Sender>,
+    loggers: Vec<(ProcessKey, Logger)>,
 }
 
 /// The streams that the guest may bring.
@@ -136,15 +130,22 @@ impl Hub {
         self.table.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Opens the host's ends of a process's streams and expects the guest's.
-    pub fn open(&self, key: &ProcessKey, io: &Io, logger: &LoggerContext) -> Result<Tokens, StdioError> {
+    /// Opens the host's ends of a process's streams and expects the guest's; waits for its logging program, if it
+    /// has one.
+    pub async fn open(
+        &self,
+        key: &ProcessKey,
+        io: &Io,
+        logger: &LoggerContext,
+    ) -> Result<Tokens, StdioError> {
         let mut tokens = Tokens::default();
-        let (stdout, stderr) = open_outputs(io, logger)?;
+        let (stdout, stderr, logger) = open_outputs(io, logger).await?;
         fail_point!(StreamsHalf);
         let stdin = if io.stdin.is_empty() { None } else { Some(open_stdin(&io.stdin)?) };
         let outputs =
             Arc::new(AtomicUsize::new(usize::from(stdout.is_some()) + usize::from(stderr.is_some())));
         let mut table = self.table();
+        table.loggers.extend(logger.map(|logger| (key.clone(), logger)));
         if let Some((receiver, keeper)) = stdin {
             let token = draw()?;
             table.stdins.insert(key.clone(), keeper);
@@ -186,6 +187,21 @@ impl Hub {
         let mut table = self.table();
         table.stdins.remove(key);
         table.expected.retain(|_, expected| expected.key.as_ref() != Some(key));
+    }
+
+    /// The pid of a process's logging program, if it has one.
+    pub fn logger_pid(&self, key: &ProcessKey) -> Option<i32> {
+        let table = self.table();
+        table.loggers.iter().find(|(of, _)| of == key).and_then(|(_, logger)| logger.pid())
+    }
+
+    /// Waits for the end of the logging programs of a container whose streams have ended.
+    pub async fn end_loggers(&self, container: &ContainerId) {
+        let (ours, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.table().loggers)
+            .into_iter()
+            .partition(|(key, _)| key.container == *container);
+        self.table().loggers.extend(others);
+        futures::future::join_all(ours.into_iter().map(|(_, logger)| logger.end())).await;
     }
 
     /// Expects the guest's ends of a connection; answers the tokens of what goes to it and what comes from it.
@@ -309,23 +325,17 @@ fn open_stdin(path: &str) -> Result<(pipe::Receiver, pipe::Sender), StdioError> 
     Ok((receiver, keeper))
 }
 
-/// What a logging program is told of its container.
-#[derive(Clone, Debug)]
-pub struct LoggerContext {
-    /// containerd's namespace.
-    pub namespace: String,
-    /// The container.
-    pub container: String,
-}
+type Outputs = (Option<Sink>, Option<Sink>, Option<Logger>);
 
-fn open_outputs(io: &Io, logger: &LoggerContext) -> Result<(Option<Sink>, Option<Sink>), StdioError> {
+async fn open_outputs(io: &Io, context: &LoggerContext) -> Result<Outputs, StdioError> {
     if io.stdout.starts_with("binary://") {
-        let (stdout, stderr) = start_logger(&io.stdout, logger)?;
-        return Ok((Some(stdout), (!io.terminal).then_some(stderr)));
+        let (logger, [stdout, stderr]) = Logger::start(&io.stdout, context).await?;
+        let stderr = (!io.terminal).then(|| Box::new(stderr) as Sink);
+        return Ok((Some(Box::new(stdout)), stderr, Some(logger)));
     }
     let stdout = open_output("stdout", &io.stdout)?;
     let stderr = if io.terminal { None } else { open_output("stderr", &io.stderr)? };
-    Ok((stdout, stderr))
+    Ok((stdout, stderr, None))
 }
 
 fn open_output(what: &'static str, target: &str) -> Result<Option<Sink>, StdioError> {
@@ -350,64 +360,6 @@ fn open_output(what: &'static str, target: &str) -> Result<Option<Sink>, StdioEr
     }
     let file = File::options().append(true).create(true).mode(0o644).open(path).map_err(fault)?;
     Ok(Some(Box::new(tokio::fs::File::from_std(file))))
-}
-
-/// Starts the program of a `binary://` URI as containerd's logging protocol wants it: stdout on descriptor
-/// 3, stderr on 4, and 5 to be closed by the program when it is ready (containerd `docs/logging.md`).
-fn start_logger(uri: &str, context: &LoggerContext) -> Result<(Sink, Sink), StdioError> {
-    let rest = uri.strip_prefix("binary://").unwrap_or(uri);
-    let (program, query) = rest.split_once('?').unwrap_or((rest, ""));
-    let program = PathBuf::from(program);
-    let fault = |source| StdioError::Logger { program: program.clone(), source };
-    let (out_read, out_write) = std::io::pipe().map_err(fault)?;
-    let (err_read, err_write) = std::io::pipe().map_err(fault)?;
-    let (mut ready_read, ready_write) = std::io::pipe().map_err(fault)?;
-    let mut command = std::process::Command::new(&program);
-    for (key, value) in
-        query.split('&').filter(|p| !p.is_empty()).map(|p| p.split_once('=').unwrap_or((p, "")))
-    {
-        command.arg(unquote(key)).arg(unquote(value));
-    }
-    command
-        .env("CONTAINER_ID", &context.container)
-        .env("CONTAINER_NAMESPACE", &context.namespace)
-        .stdin(ChildStdio::null())
-        .stdout(ChildStdio::null())
-        .stderr(ChildStdio::null());
-    let fds: [OwnedFd; 3] = [out_read.into(), err_read.into(), ready_write.into()];
-    let mappings = fds.into_iter().zip(3..).map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
-    command.fd_mappings(mappings.collect()).map_err(|e| fault(io::Error::other(e)))?;
-    let mut child = command.spawn().map_err(fault)?;
-    // The command still holds the child's ends.
-    drop(command);
-    // Waited for by a thread: the program ends when its pipes do, and its parent is who reaps it. Its word
-    // that it is ready is of no use to us: a pipe keeps what is written before.
-    std::thread::spawn(move || {
-        let _ = io::Read::read(&mut ready_read, &mut [0]);
-        let _ = child.wait();
-    });
-    let sink = |end: std::io::PipeWriter| -> Result<Sink, StdioError> {
-        Ok(Box::new(pipe::Sender::from_owned_fd(end.into()).map_err(fault)?))
-    };
-    Ok((sink(out_write)?, sink(err_write)?))
-}
-
-/// Undoes the percent encoding of a query.
-fn unquote(text: &str) -> String {
-    let mut out = Vec::new();
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        let plain = match byte {
-            b'+' => b' ',
-            b'%' => {
-                let digits: Vec<u8> = bytes.by_ref().take(2).collect();
-                std::str::from_utf8(&digits).ok().and_then(|d| u8::from_str_radix(d, 16).ok()).unwrap_or(b'%')
-            }
-            other => other,
-        };
-        out.push(plain);
-    }
-    String::from_utf8_lossy(&out).into_owned()
 }
 
 #[cfg(test)]
@@ -448,10 +400,5 @@ mod tests {
     fn a_scheme_that_nobody_serves_is_named() {
         let error = open_output("stdout", "npipe://x").err().unwrap().to_string();
         assert!(error.contains("npipe") && error.contains("binary://"), "{error}");
-    }
-
-    #[test]
-    fn queries_are_unquoted() {
-        assert_eq!(unquote("a%20b+c%"), "a b c%");
     }
 }

@@ -30,13 +30,13 @@ fn pod() -> (Netns, Netns, Link) {
 fn frames_go_both_ways_and_an_undo_leaves_nothing() {
     let (_keeper, netns, link) = pod();
     let before = tool(&netns, "tc qdisc show dev eth0");
-    let tap = netns.open_tap("bhtap0").unwrap();
+    let tap = netns.open_tap("lobhtap0").unwrap();
     let record = Undo::of(&netns, &link).unwrap().unwrap();
-    join(&netns, &link, "bhtap0").unwrap();
-    assert!(tool(&netns, "ip link show bhtap0").contains("mtu 1400"));
-    assert!(tool(&netns, "tc filter show dev eth0 ingress").contains("Redirect to device bhtap0"));
-    assert!(tool(&netns, "tc filter show dev bhtap0 ingress").contains("Redirect to device eth0"));
-    assert!(matches!(netns.open_tap("bhtap0"), Err(NetError::Busy(name)) if name == "bhtap0"));
+    join(&netns, &link, "lobhtap0").unwrap();
+    assert!(tool(&netns, "ip link show lobhtap0").contains("mtu 1400"));
+    assert!(tool(&netns, "tc filter show dev eth0 ingress").contains("Redirect to device lobhtap0"));
+    assert!(tool(&netns, "tc filter show dev lobhtap0 ingress").contains("Redirect to device eth0"));
+    assert!(matches!(netns.open_tap("lobhtap0"), Err(NetError::Busy(name)) if name == "lobhtap0"));
 
     // What is written to the tap leaves by the link, and is counted there.
     let counted = || -> u64 {
@@ -59,7 +59,7 @@ fn frames_go_both_ways_and_an_undo_leaves_nothing() {
     let mut watch = netns.within(Socket::watch_links).unwrap().unwrap();
     drop(tap);
     let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    while tool(&netns, "ip link").contains("bhtap0") {
+    while tool(&netns, "ip link").contains("lobhtap0") {
         watch.told(until).expect("a tap goes with its descriptor");
     }
     assert_eq!(tool(&netns, "tc qdisc show dev eth0"), before);
@@ -71,8 +71,8 @@ fn a_discipline_that_was_there_stays() {
     tool(&netns, "tc qdisc add dev eth0 clsact");
     let link = Network::scan(&netns).unwrap().links.into_iter().find(|l| l.name == "eth0").unwrap();
     assert!(link.has_ingress);
-    let _tap = netns.open_tap("bhtap0").unwrap();
-    join(&netns, &link, "bhtap0").unwrap();
+    let _tap = netns.open_tap("lobhtap0").unwrap();
+    join(&netns, &link, "lobhtap0").unwrap();
     undo(&Undo::of(&netns, &link).unwrap().unwrap()).unwrap();
     assert!(tool(&netns, "tc qdisc show dev eth0").contains("clsact"));
     assert_eq!(tool(&netns, "tc filter show dev eth0 ingress"), "");

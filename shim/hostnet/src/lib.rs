@@ -4,7 +4,7 @@
 //! ```text
 //!   network namespace of the pod                                  machine
 //!  ┌──────────────────────────────────────────────────┐
-//!  │  eth0 ──ingress: mirred redirect──▶ bhtap0 ──────│──fd──▶ network card
+//!  │  eth0 ──ingress: mirred redirect──▶ lobhtap0 ────│──fd──▶ network card
 //!  │   ▲                                   │          │
 //!  │   └──────redirect mirred :ingress─────┘          │
 //!  └──────────────────────────────────────────────────┘
@@ -32,5 +32,7 @@ pub use netns::Netns;
 pub use scan::{Link, Network};
 pub use sys::open_tap;
 
-/// What the names of our taps begin with, in the pod's network namespace.
-pub const TAP: &str = "bhtap";
+/// What the names of our taps begin with, in the pod's network namespace. Those who look for a container's own
+/// links there and add up what they have carried pass over names that begin with `lo` (nerdctl, cAdvisor): a tap
+/// carries what its link has carried once more.
+pub const TAP: &str = "lobhtap";

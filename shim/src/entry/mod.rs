@@ -1,4 +1,5 @@
-//! The ways in which containerd runs the shim's binary: `start`, serving, `delete`, `-info`, `-v`.
+//! The ways in which the shim's binary is run: by containerd `start`, serving, `delete`, `-info`, `-v`; by the shim
+//! itself as a container's stand-in.
 //! Knows containerd's command line (contract, sections 2 and 3); does not know what a task is.
 
 mod abandoned;
@@ -6,6 +7,7 @@ mod bootstrap;
 mod delete;
 mod info;
 mod serve;
+pub(crate) mod stand_in;
 mod start;
 
 use std::io::Write;
@@ -20,6 +22,9 @@ pub const RUNTIME_NAME: &str = "io.containerd.bulkhead.v2";
 /// containerd reads standard output and standard error of `start` together, so nothing is written there but
 /// the answer, or the reason of a failure.
 pub fn main() -> i32 {
+    if std::env::args_os().next().is_some_and(|name| name == stand_in::NAME) {
+        return stand_in::main();
+    }
     let args: Vec<_> = std::env::args_os().skip(1).collect();
     let flags = match containerd_shim::parse(&args) {
         Ok(flags) => flags,

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use tracing::{Instrument, error, info_span, warn};
 
 use self::{containers::Prepared, wanted::Wanted};
-use super::{machine::Running, model::*, network::PodNetwork};
+use super::{machine::Running, model::*, network::PodNetwork, stand_in::StandIn};
 use crate::{
     cgroup,
     config::Config,
@@ -90,6 +90,7 @@ pub struct Host {
     cgroup: Mutex<Option<String>>,
     disks: Mutex<Disks>,
     network: Mutex<Option<Arc<PodNetwork>>>,
+    stand_ins: Mutex<HashMap<ContainerId, StandIn>>,
 }
 
 /// Records processes in the ledger and counts them to the sandbox.
@@ -100,7 +101,7 @@ struct Accounts<'a> {
 
 impl Journal for Accounts<'_> {
     fn process(&self, name: &str, pid: i32, start_time: u64) -> io::Result<()> {
-        let entry = Entry::Process { name: name.to_owned(), pid, start_time };
+        let entry = Entry::Process { name: name.to_owned(), pid, start_time, container: None };
         fail_point!(LaunchSpawned);
         record(self.ledger, entry).map_err(io::Error::other)?;
         fail_point!(LaunchRecorded);
@@ -154,7 +155,7 @@ impl Host {
         ledger.record(own).map_err(|e| Fault::of(Kind::Internal, &e))?;
         let pid = std::process::id() as i32;
         let start_time = process::start_time(pid).ok().flatten().unwrap_or(0);
-        let shim = Entry::Process { name: "shim".into(), pid, start_time };
+        let shim = Entry::Process { name: "shim".into(), pid, start_time, container: None };
         ledger.record(shim).map_err(|e| Fault::of(Kind::Internal, &e))?;
         fail_point!(SandboxLedger);
         let hub = Hub::new(inputs.clone());
@@ -173,6 +174,7 @@ impl Host {
             cgroup: Mutex::default(),
             disks: Mutex::default(),
             network: Mutex::default(),
+            stand_ins: Mutex::default(),
         })
     }
 
@@ -275,6 +277,10 @@ impl Host {
     }
 
     async fn teardown(&self) -> Result<(), Fault> {
+        let stand_ins = std::mem::take(&mut *lock(&self.stand_ins));
+        for stand_in in stand_ins.into_values() {
+            stand_in.stop().await;
+        }
         let ready = lock(&self.ready).take();
         if let Some(ready) = ready {
             let alive = ready.running.ended().borrow().is_none();

@@ -9,9 +9,9 @@
 
 pub mod driver;
 mod forward;
-mod hooks;
 pub mod host;
 mod machine;
 pub mod model;
 mod network;
+mod stand_in;
 pub mod state;

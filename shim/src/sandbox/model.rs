@@ -203,7 +203,8 @@ pub enum Reply {
         /// How it ended.
         exit: ExitInfo,
     },
-    /// To Pids: pids in the guest with the exec id where there is one.
+    /// To Pids: pids, of the stand-in for the first process and beyond those of the host for the others, with the
+    /// exec id where there is one.
     Pids(Vec<(u32, String)>),
     /// To Stats: the container's cgroup files by name.
     Stats(std::collections::HashMap<String, Vec<u8>>),
@@ -313,8 +314,8 @@ pub enum Done {
     Halt,
     /// Of a container; what it is to its pod.
     Prepare(ContainerId, Result<Role, Fault>),
-    /// Of a container.
-    GuestCreate(ContainerId, Result<(), Fault>),
+    /// Of a container; its pid on the host.
+    GuestCreate(ContainerId, Result<i32, Fault>),
     /// Of a container.
     GuestStart(ContainerId, Result<(), Fault>),
     /// Of an exec.
@@ -403,6 +404,8 @@ pub enum Input {
     StreamsClosed(ProcessKey),
     /// The machine is gone.
     MachineEnded(MachineEnd),
+    /// Somebody has signalled the process of the host that stands for the container.
+    Signalled(ContainerId, u32),
     /// The agent hung up while its machine runs on.
     AgentLost,
     /// A deadline has passed.

@@ -6,6 +6,7 @@
 //! finds it. A link that is found later, since hooks or plugins made it, takes the next one to spare.
 
 use std::{
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -76,6 +77,11 @@ impl PodNetwork {
             bindings.nets.push(NetBinding { tap: tap(card), netns: netns.clone() });
         }
         bindings.netns = netns;
+    }
+
+    /// A descriptor of the namespace, for a process that is to be in it.
+    pub(super) fn namespace(&self) -> std::io::Result<OwnedFd> {
+        Ok(std::fs::File::open(self.netns.path())?.into())
     }
 
     /// Fails for a container that is to be in another network namespace than its pod.
@@ -203,7 +209,7 @@ mod tests {
         assert_eq!(network.refresh(&SharedLedger::default()).unwrap(), None);
         let (mut shape, mut bindings) = (shape(), bindings());
         network.equip(&mut shape, &mut bindings);
-        assert_eq!((shape.nets.len(), bindings.nets[0].tap.as_str()), (1, "bhtap0"));
+        assert_eq!((shape.nets.len(), bindings.nets[0].tap.as_str()), (1, "lobhtap0"));
         assert!(bindings.netns.is_some());
     }
 

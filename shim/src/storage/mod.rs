@@ -4,6 +4,7 @@
 mod disk;
 mod mount;
 mod pod;
+pub mod points;
 mod share;
 
 pub use disk::{DiskError, Disks};

@@ -73,6 +73,11 @@ impl Share {
         &self.dir
     }
 
+    /// The container's root, once it is mounted.
+    pub fn root(&self, id: &ContainerId) -> PathBuf {
+        self.container_dir(id).join("rootfs")
+    }
+
     fn container_dir(&self, id: &ContainerId) -> PathBuf {
         self.dir.join(id.as_str())
     }
@@ -100,7 +105,7 @@ impl Share {
         let folder = self.container_dir(id);
         ledger.record(Entry::Directory { path: folder.clone(), container: Some(id.to_string()) })?;
         make_dir(&folder.join("mounts"))?;
-        let target = folder.join("rootfs");
+        let target = self.root(id);
         make_dir(&target)?;
         self.bind(ledger, id, root, &target, true, read_only)?;
         fail_point!(RootShared);

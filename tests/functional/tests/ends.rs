@@ -12,6 +12,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("ends::containerd_killed_while_running", containerd_killed_while_running),
     Test::common("ends::container_ends_while_containerd_is_away", container_ends_while_containerd_is_away),
     Test::common("ends::shim_killed_while_running", shim_killed_while_running),
+    Test::common("ends::shim_killed_and_its_hooks_undone", shim_killed_and_its_hooks_undone),
     Test::common("ends::shim_killed_during_exec", shim_killed_during_exec),
     Test::common("ends::shim_killed_before_create", shim_killed_before_create),
     Test::common("ends::shim_killed_while_stopping", shim_killed_while_stopping),
@@ -105,6 +106,23 @@ fn shim_killed_while_running(t: &mut Context) -> Result<()> {
     let status = events.wait_exit("c", 30)?;
     ensure!(status == 137 || status == 255, "the exit status is {status}");
     t.ctr_ok(&["container", "delete", "c"])?;
+    Ok(())
+}
+
+/// What a client's hooks have made (a network, say) its poststop hook takes back, whoever runs it.
+fn shim_killed_and_its_hooks_undone(t: &mut Context) -> Result<()> {
+    let note = t.dir().join("undone");
+    let script = format!("echo again >> {}", note.display());
+    let run = t.run_spec("c", &["sh", "-c", "echo up; sleep 1000"], |spec| {
+        let hook = serde_json::json!([{ "path": "/bin/sh", "args": ["sh", "-c", script] }]);
+        spec["hooks"] = serde_json::json!({ "poststop": hook });
+    })?;
+    let run = run.spawn()?;
+    run.wait_for_text("up")?;
+    kill(t, SHIM)?;
+    run.wait()?.expect_failure()?;
+    let undone = std::fs::read_to_string(&note).context("the poststop hook did not run")?;
+    ensure!(undone == "again\n", "it ran more than once: {undone:?}");
     Ok(())
 }
 

@@ -26,6 +26,7 @@ pub(crate) const TESTS: &[Test] = &[
         .unless(|s| s.is_containerd_1().then_some("ctr 1.x has no --rlimit-nofile")),
     Test::common("run::sysctl", sysctl),
     Test::common("run::hook_start_container", hook_start_container),
+    Test::common("run::hooks_of_the_host_are_told_of_the_container", hooks_of_the_host),
     Test::common("run::namespaces_are_its_own", namespaces_are_its_own),
     Test::common("run::cgroup_namespace", cgroup_namespace),
     Test::common("run::runtime_by_path", runtime_by_path),
@@ -251,6 +252,26 @@ fn hook_start_container(t: &mut Context) -> Result<()> {
     ensure!(output.out() == "hello from a hook", "{output}");
     let state: serde_json::Value = serde_json::from_slice(&std::fs::read(t.rootfs()?.join("state"))?)?;
     ensure!(state["id"] == "c", "the hook was told: {state}");
+    Ok(())
+}
+
+/// Clients note in annotations what their hooks have to know.
+fn hooks_of_the_host(t: &mut Context) -> Result<()> {
+    let hook = |name: &str| {
+        let script = format!("cat > {}", t.dir().join(name).display());
+        serde_json::json!([{ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"] }])
+    };
+    let (create, poststop) = (hook("create"), hook("poststop"));
+    let run = t.run_spec("c", &["true"], |spec| {
+        spec["annotations"] = serde_json::json!({ "harbour/berth": "seven" });
+        spec["hooks"] = serde_json::json!({ "createRuntime": create, "poststop": poststop });
+    })?;
+    run.output()?.ok()?;
+    for (name, status) in [("create", "creat"), ("poststop", "stopped")] {
+        let state: serde_json::Value = serde_json::from_slice(&std::fs::read(t.dir().join(name))?)?;
+        ensure!(state["id"] == "c" && state["annotations"]["harbour/berth"] == "seven", "{name}: {state}");
+        ensure!(state["status"].as_str().is_some_and(|s| s.starts_with(status)), "{name}: {state}");
+    }
     Ok(())
 }
 

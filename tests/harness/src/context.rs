@@ -83,6 +83,10 @@ impl<'a> Context<'a> {
         self.node
     }
 
+    pub(crate) fn node_ref(&self) -> &Node {
+        self.node
+    }
+
     /// A directory of this test, on a disk file system; removed at its end.
     pub fn dir(&self) -> &Path {
         &self.dir

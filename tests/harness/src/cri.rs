@@ -109,7 +109,7 @@ impl Node {
     }
 }
 
-fn variable(name: &str, script: &str) -> Result<PathBuf> {
+pub(crate) fn variable(name: &str, script: &str) -> Result<PathBuf> {
     match std::env::var_os(name).filter(|value| !value.is_empty()) {
         Some(value) => Ok(value.into()),
         None => bail!("{name} is not set: it is what {script} prints"),

@@ -17,6 +17,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
 
 use crate::command::{open_pidfd, signal_process, timespec, wait_for_exit};
+use crate::nerdctl::is_nerdctls_own;
 use crate::node::Node;
 
 /// A process of the node: a shim, a program it started, or something in a container of runc's.
@@ -70,7 +71,7 @@ impl Snapshot {
         walk(Path::new("/run"), 6, &mut |path| {
             // runc's shim, killed, leaves its two sockets behind; that is not for this suite to judge.
             let runcs = !node.settings().is_bulkhead() && path.starts_with("/run/containerd/s");
-            if !runcs && !is_containerds_own(path, node.namespace()) {
+            if !runcs && !is_containerds_own(path, node.namespace()) && !is_nerdctls_own(path) {
                 rest.insert(format!("file {}", path.display()));
             }
         });

@@ -13,6 +13,7 @@ mod failpoint;
 mod image;
 mod isolate;
 mod leak;
+mod nerdctl;
 mod node;
 mod pace;
 mod parts;
@@ -32,7 +33,9 @@ pub use node::Node;
 pub use pace::stretched;
 pub use parts::Part;
 pub use pty::Pty;
-pub use runner::{Scope, Test, run_suite, run_suite_with_pods, run_suite_without_containerd};
+pub use runner::{
+    Scope, Test, run_suite, run_suite_with_nerdctl, run_suite_with_pods, run_suite_without_containerd,
+};
 pub use settings::{Runtime, Settings};
 /// The shim's configuration.
 pub use toml::Table as TomlTable;

@@ -29,6 +29,7 @@ pub struct Node {
     dir: PathBuf,
     mark: String,
     cri: bool,
+    nerdctl: bool,
     daemon: Option<Daemon>,
 }
 
@@ -53,10 +54,18 @@ impl Node {
         Ok(node)
     }
 
+    /// The same with what nerdctl needs.
+    pub(crate) fn with_nerdctl(settings: Arc<Settings>, dir: PathBuf, mark: String) -> Result<Self> {
+        let mut node = Self::bare(settings, dir, mark)?;
+        node.nerdctl = true;
+        node.prepare_nerdctl()?;
+        node.begin()
+    }
+
     /// The same without a containerd: the test plays it.
     pub(crate) fn bare(settings: Arc<Settings>, dir: PathBuf, mark: String) -> Result<Self> {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-        let node = Self { settings, dir, mark, cri: false, daemon: None };
+        let node = Self { settings, dir, mark, cri: false, nerdctl: false, daemon: None };
         node.reset_bulkhead_config()?;
         Ok(node)
     }
@@ -204,6 +213,12 @@ impl Node {
         ];
         let disabled: Vec<&str> = cri.iter().filter(|_| !self.cri).chain(&others).copied().collect();
         let cri = if self.cri { self.cri_config()? } else { String::new() };
+        // Else it looks for what is to be restarted every 10 s.
+        let restart = if self.nerdctl {
+            "[plugins.\"io.containerd.monitor.container.v1.restart\"]\n  interval = \"1s\"\n"
+        } else {
+            ""
+        };
         let text = format!(
             r#"version = {version}
 root = "{dir}/d"
@@ -216,7 +231,7 @@ disabled_plugins = {disabled:?}
   level = "debug"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{dir}/opt"
-{cri}{}"#,
+{restart}{cri}{}"#,
             timeouts()
         );
         fs::write(self.dir.join("containerd.toml"), text).context("write containerd.toml")

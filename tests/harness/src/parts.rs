@@ -47,7 +47,8 @@ impl Context<'_> {
         let mut parts = Vec::new();
         for line in ledger.lines() {
             let entry: Value = serde_json::from_str(line).with_context(|| format!("parse {line}"))?;
-            if entry["kind"] != "process" || entry["pid"] == shim {
+            // What belongs to a container only stands for it.
+            if entry["kind"] != "process" || entry["pid"] == shim || entry["container"].is_string() {
                 continue;
             }
             let (name, pid) = (entry["name"].as_str().unwrap_or_default(), number(&entry, "pid")?);

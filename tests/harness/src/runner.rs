@@ -112,6 +112,7 @@ enum Daemon {
     None,
     Containerd,
     WithCri,
+    WithNerdctl,
 }
 
 /// Runs the tests that the command line asks for, each with a containerd at its side.
@@ -122,6 +123,11 @@ pub fn run_suite(suite: &str, tests: &[Test]) -> ExitCode {
 /// The same with containerd's CRI, for tests that make pods.
 pub fn run_suite_with_pods(suite: &str, tests: &[Test]) -> ExitCode {
     run(suite, tests, Daemon::WithCri)
+}
+
+/// The same with what nerdctl needs beside it.
+pub fn run_suite_with_nerdctl(suite: &str, tests: &[Test]) -> ExitCode {
+    run(suite, tests, Daemon::WithNerdctl)
 }
 
 /// The same for tests that play containerd themselves.
@@ -239,6 +245,7 @@ impl Shared {
             Daemon::None => Node::bare,
             Daemon::Containerd => Node::start,
             Daemon::WithCri => Node::with_cri,
+            Daemon::WithNerdctl => Node::with_nerdctl,
         };
         let node = isolate_thread().and_then(|()| start(Arc::clone(&self.settings), dir, mark));
         let mut node = match node {

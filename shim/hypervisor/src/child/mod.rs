@@ -9,7 +9,10 @@ mod lines;
 use std::{
     ffi::OsString,
     fmt, io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
     path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
@@ -71,6 +74,8 @@ pub struct ChildSpec {
     pub name: String,
     /// The program: an absolute path, or a name to look up in `PATH`.
     pub program: PathBuf,
+    /// What it is told to be called (`argv[0]`), if that is not its path.
+    pub argv0: Option<OsString>,
     /// Its arguments.
     pub args: Vec<OsString>,
     /// Variables of its environment besides `PATH`; nothing is inherited.
@@ -91,6 +96,7 @@ impl ChildSpec {
         Self {
             name: name.into(),
             program: program.into(),
+            argv0: None,
             args: Vec::new(),
             env: Vec::new(),
             fds: Vec::new(),
@@ -118,10 +124,13 @@ impl Child {
     /// Starts a program: session of its own, standard input empty, output kept as lines.
     /// Must be called in a tokio runtime. An error means that the program was not executed.
     pub fn spawn(spec: ChildSpec) -> io::Result<Self> {
-        let ChildSpec { name, program, args, env, fds, stdout, network, own_pids } = spec;
+        let ChildSpec { name, program, argv0, args, env, fds, stdout, network, own_pids } = spec;
         let (out, out_writer) = pipe()?;
         let (err, err_writer) = pipe()?;
         let mut command = Command::new(&program);
+        if let Some(argv0) = argv0 {
+            command.arg0(argv0);
+        }
         // At the root: a daemon must not hold the directory (a bundle, on its own mount) it began in.
         command.args(args).current_dir("/").env_clear().envs(env);
         if let Some(path) = std::env::var_os("PATH") {

@@ -1,34 +1,47 @@
 //! The containers of a sandbox: their files on the host, their lives in the guest, what is asked of them.
 //! Knows the agent and the share; the machine is there, or is not.
 
-use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-    time::SystemTime,
-};
+use std::{collections::HashMap, io, path::Path, time::SystemTime};
 
+use bulkhead_proto::agent::GuestProcess;
 use tracing::{Instrument, error, info_span, warn};
 
 use super::{
-    super::{hooks, model::*},
-    Host, POD_DELETED, blocking, lock,
+    super::{
+        model::*,
+        stand_in::{Arrival, StandIn, arrived},
+    },
+    Host, POD_DELETED, blocking, lock, record,
     wanted::load_spec,
 };
 use crate::{
     cgroup,
     error::{Fault, Kind, chain},
     guest::Agent,
+    hooks,
     ids::{ContainerId, ProcessKey},
+    ledger::{self, Entry},
+    logger::LoggerContext,
     plan::{self, ContainerPlan, Role},
-    stdio::LoggerContext,
-    storage::{PodFiles, Share},
+    process,
+    stdio::Tokens,
+    storage::{PodFiles, Share, points},
 };
+
+/// Below a sandbox's directory: the empty root of what stands for a pod.
+const NO_ROOT: &str = "void";
+
+/// No process of the host has a pid from here on (`PID_MAX_LIMIT` of include/linux/threads.h, 64 bits). Processes
+/// of the guest are told beyond it, by their pid in the guest: whoever looks such a pid up on the host must find
+/// nothing, not a process that happens to have the same number.
+const BEYOND_THE_HOST: u32 = 4 << 20;
 
 /// A container whose files are in the share.
 #[derive(Clone)]
 pub(super) struct Prepared {
     plan: ContainerPlan,
-    bundle: PathBuf,
+    /// As its hooks are told of it.
+    subject: hooks::Subject,
     io: Io,
 }
 
@@ -44,7 +57,12 @@ impl Host {
         if role != Role::Sandbox {
             self.share_files(&request, &plan).await?;
         }
-        let prepared = Prepared { plan, bundle: request.bundle, io: request.io };
+        let subject = hooks::Subject {
+            id: request.id.to_string(),
+            bundle: request.bundle,
+            annotations: plan.guest_spec.annotations().clone().unwrap_or_default(),
+        };
+        let prepared = Prepared { plan, subject, io: request.io };
         lock(&self.prepared).insert(request.id, prepared);
         Ok(role)
     }
@@ -54,6 +72,7 @@ impl Host {
         // With mounts the root is where containerd will unmount it; without, it is what the spec names.
         let root = request.bundle.join(if rootfs.is_empty() { &plan.root_path } else { Path::new("rootfs") });
         let (binds, read_only) = (plan.binds.clone(), plan.root_read_only);
+        let points = points::of(plan.guest_spec.mounts().as_deref().unwrap_or_default(), &plan.binds);
         let share = Share::new(self.dir.join("share"));
         let ledger = self.ledger.clone();
         // Mounting may block on the host's storage; the driver must not.
@@ -65,6 +84,10 @@ impl Host {
             share
                 .add_root(ledger, &id, &root, &rootfs, read_only)
                 .map_err(|e| Fault::of(Kind::Internal, &e))?;
+            // Without one the guest says what it cannot mount, and why.
+            if read_only && let Err(error) = points::make(&root, &points) {
+                warn!(%id, %error, "a mount point cannot be made in the root");
+            }
             for bind in &binds {
                 share.add_bind(ledger, &id, bind).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
             }
@@ -82,9 +105,10 @@ impl Host {
         LoggerContext { namespace: self.identity.namespace.clone(), container: id.to_string() }
     }
 
-    pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<(), Fault> {
+    /// Makes the container in the guest and its stand-in on the host; answers the pid of the latter.
+    pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<i32, Fault> {
         let agent = self.agent()?;
-        let (hooks, bundle, io, console, spec, network, disks) = {
+        let (hooks, subject, io, console, spec, network, disks) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
@@ -92,8 +116,8 @@ impl Host {
             let spec =
                 serde_json::to_vec(&p.plan.guest_spec).map_err(|e| Fault::internal("write the spec", &e))?;
             (
-                p.plan.hooks.create.clone(),
-                p.bundle.clone(),
+                p.plan.hooks.clone(),
+                p.subject.clone(),
                 p.io.clone(),
                 p.plan.console,
                 spec,
@@ -107,25 +131,79 @@ impl Host {
         if let Some(pod) = pod {
             blocking("look at the pod's network", move || pod.check_joins(network.as_deref())).await?;
         }
+        if !hooks.poststop.is_empty() {
+            let state = subject.state("stopped", 0);
+            let poststop = hooks.poststop;
+            record(&self.ledger, Entry::Hooks { poststop, state, container: Some(id.to_string()) })?;
+        }
+        let (pid, arrival) = self.stand_in(id)?;
+        arrived(arrival).await?;
         fail_point!(CreateHooks);
-        hooks::run(&hooks, id, "created", self.vmm_pid(), &bundle).await?;
+        let hooked = hooks::run(&hooks.create, &subject.state("created", pid)).await;
+        hooked.map_err(|why| Fault::new(Kind::Internal, why))?;
         if self.stands_for_pod(id) {
             // It has no output that would have to end before its own end is told.
             let _ = self.inputs.send(Input::StreamsClosed(ProcessKey::init(id)));
-            return Ok(());
+            return Ok(pid);
         }
         let key = ProcessKey::init(id);
-        let tokens =
-            self.hub.open(&key, &io, &self.logger(id)).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        let tokens = self.open_streams(&key, &io).await?;
         let created = fail_point!(CreateStreams, agent.create(id, spec, &io, tokens, console, disks).await);
         if created.is_err() {
             self.hub.forget(&key);
         }
-        fail_point!(CreateGuest, created)
+        fail_point!(CreateGuest, created.map(|()| pid))
     }
 
-    fn vmm_pid(&self) -> i32 {
-        self.machine().map_or(0, |m| m.vmm_pid)
+    /// Opens the host's ends of a process's streams. A logging program must not outlive a shim that is killed: what
+    /// it waits for may never come.
+    async fn open_streams(&self, key: &ProcessKey, io: &Io) -> Result<Tokens, Fault> {
+        let opened = self.hub.open(key, io, &self.logger(&key.container)).await;
+        let tokens = opened.map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        if let Some(pid) = self.hub.logger_pid(key)
+            && let Ok(Some(start_time)) = process::start_time(pid)
+        {
+            let (name, container) = ("logging program".into(), Some(key.container.to_string()));
+            record(&self.ledger, Entry::Process { name, pid, start_time, container })?;
+        }
+        Ok(tokens)
+    }
+
+    /// Starts the process of the host that stands for the container.
+    fn stand_in(&self, id: &ContainerId) -> Result<(i32, Arrival), Fault> {
+        let failed = |e: io::Error| Fault::internal("start the process that stands for the container", &e);
+        let (root, command) = match lock(&self.prepared).get(id) {
+            // Nobody has anything to look for in the root of a pod.
+            Some(p) if p.plan.role == Role::Sandbox => (self.dir.join(NO_ROOT), Vec::new()),
+            prepared => {
+                let process = prepared.and_then(|p| p.plan.guest_spec.process().as_ref());
+                let args = process.and_then(|p| p.args().clone()).unwrap_or_default();
+                (Share::new(self.dir.join("share")).root(id), args)
+            }
+        };
+        if root.ends_with(NO_ROOT) {
+            std::fs::create_dir_all(&root).map_err(failed)?;
+        }
+        let network = lock(&self.network).clone();
+        let network = network.ok_or_else(|| Fault::new(Kind::Unavailable, "the pod has no network"))?;
+        let network = network.namespace().map_err(failed)?;
+        let (stand_in, arrival) =
+            StandIn::start(id, &command, root, network, self.inputs.clone()).map_err(failed)?;
+        let (pid, start_time) = (stand_in.pid(), stand_in.start_time());
+        let container = Some(id.to_string());
+        record(&self.ledger, Entry::Process { name: "stand-in".into(), pid, start_time, container })?;
+        if let Some(path) = lock(&self.cgroup).clone()
+            && let Err(error) = cgroup::join(&path, pid)
+        {
+            warn!(pid, "the stand-in is not counted to the sandbox: {}", chain(&error));
+        }
+        lock(&self.stand_ins).insert(id.clone(), stand_in);
+        Ok((pid, arrival))
+    }
+
+    /// The pid of the container for the host; 0 for one that has none.
+    fn pid(&self, id: &ContainerId) -> i32 {
+        lock(&self.stand_ins).get(id).map_or(0, StandIn::pid)
     }
 
     pub(super) async fn guest_start(&self, id: &ContainerId) -> Result<(), Fault> {
@@ -137,13 +215,13 @@ impl Host {
             self.agent()?.start(id).await?;
             fail_point!(StartDone);
         }
-        let (hooks, bundle) = match lock(&self.prepared).get(id) {
-            Some(p) => (p.plan.hooks.poststart.clone(), p.bundle.clone()),
+        let (hooks, subject) = match lock(&self.prepared).get(id) {
+            Some(p) => (p.plan.hooks.poststart.clone(), p.subject.clone()),
             None => return Ok(()),
         };
         // The specification says of poststart: an error is told, the lifecycle goes on.
-        if let Err(fault) = hooks::run(&hooks, id, "running", self.vmm_pid(), &bundle).await {
-            warn!("poststart {fault}");
+        if let Err(why) = hooks::run(&hooks, &subject.state("running", self.pid(id))).await {
+            warn!("poststart {why}");
         }
         Ok(())
     }
@@ -159,10 +237,7 @@ impl Host {
             return Err(no_process(&key.container, "run a process in"));
         }
         let agent = self.agent()?;
-        let tokens = self
-            .hub
-            .open(key, io, &self.logger(&key.container))
-            .map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        let tokens = self.open_streams(key, io).await?;
         let started = fail_point!(ExecStreams, agent.exec(key, process, io, tokens, size).await);
         if started.is_err() {
             self.hub.forget(key);
@@ -189,7 +264,10 @@ impl Host {
             Ask::PodStats => return Ok(Reply::Stats(self.pod_stats(&agent).await?)),
             Ask::Pids(id) => {
                 let processes = agent.pids(&id).await?.processes;
-                return Ok(Reply::Pids(processes.into_iter().map(|p| (p.pid, p.exec_id)).collect()));
+                let init = self.pid(&id).unsigned_abs();
+                let pid =
+                    |p: &GuestProcess| if p.init { init } else { BEYOND_THE_HOST.saturating_add(p.pid) };
+                return Ok(Reply::Pids(processes.into_iter().map(|p| (pid(&p), p.exec_id)).collect()));
             }
         }
         Ok(Reply::Empty)
@@ -209,7 +287,7 @@ impl Host {
                 let _ = self.inputs.send(Input::GuestExit(key, exit));
                 Ok(Reply::Empty)
             }
-            Ask::Pids(_) => Ok(Reply::Pids(vec![(self.vmm_pid().unsigned_abs(), String::new())])),
+            Ask::Pids(id) => Ok(Reply::Pids(vec![(self.pid(&id).unsigned_abs(), String::new())])),
             Ask::Stats(_) | Ask::PodStats => Ok(Reply::Stats(self.pod_stats(&self.agent()?).await?)),
             Ask::Pause(id) => Err(no_process(&id, "pause")),
             Ask::Resume(id) => Err(no_process(&id, "resume")),
@@ -237,10 +315,19 @@ impl Host {
             warn!(%id, "the guest did not delete the container: {fault}");
         }
         self.hub.forget(&ProcessKey::init(id));
+        self.hub.end_loggers(id).await;
+        let stand_in = lock(&self.stand_ins).remove(id);
+        if let Some(stand_in) = stand_in {
+            stand_in.stop().await;
+        }
         let (ledger, name) = (self.ledger.clone(), id.to_string());
-        let work = tokio::task::spawn_blocking(move || match lock(&ledger).as_mut() {
-            Some(ledger) => ledger.release_container(&name),
-            None => Ok(()),
+        let work = tokio::task::spawn_blocking(move || {
+            let Some(ours) = lock(&ledger).as_ref().map(|ledger| ledger.of_container(&name)) else {
+                return Ok(());
+            };
+            let ours = ours?;
+            let left = ledger::release(&ours);
+            lock(&ledger).as_mut().map_or(Ok(()), |ledger| ledger.forget(&ours, left))
         });
         match work.await {
             Ok(Ok(())) => {}
@@ -253,11 +340,6 @@ impl Host {
             && let Err(error) = std::fs::write(self.dir.join(POD_DELETED), "")
         {
             warn!(%error, "{POD_DELETED}");
-        }
-        if let Some(p) = prepared
-            && let Err(fault) = hooks::run(&p.plan.hooks.poststop, id, "stopped", 0, &p.bundle).await
-        {
-            warn!("poststop {fault}");
         }
     }
 }

@@ -88,16 +88,13 @@ impl Sandbox {
         }
     }
 
-    fn created(&mut self, id: &ContainerId, result: Result<(), Fault>) {
-        let pid = match &self.machine {
-            Machine::Ready { pid } => *pid,
-            _ => 0,
-        };
+    fn created(&mut self, id: &ContainerId, result: Result<i32, Fault>) {
         let Some(container) = self.containers.get_mut(id) else { return };
         let Phase::Creating { ticket, killed, .. } = container.init.phase else { return };
-        if let Err(fault) = result {
-            return self.fail_create(id, fault);
-        }
+        let pid = match result {
+            Ok(pid) => pid,
+            Err(fault) => return self.fail_create(id, fault),
+        };
         container.init.phase = Phase::Created;
         container.init.pid = pid;
         self.out.push(Effect::Publish(Event::Create(container.request.clone(), pid)));
@@ -130,10 +127,7 @@ impl Sandbox {
     }
 
     fn started(&mut self, key: &ProcessKey, result: Result<(), Fault>) {
-        let pid = match &self.machine {
-            Machine::Ready { pid } => *pid,
-            _ => self.containers.get(&key.container).map_or(0, |c| c.init.pid),
-        };
+        let pid = self.containers.get(&key.container).map_or(0, |c| c.init.pid);
         let Some(process) = self.process_mut(key) else { return };
         let Phase::Starting { ticket } = process.phase else { return };
         match result {

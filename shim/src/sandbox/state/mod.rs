@@ -179,6 +179,7 @@ impl Sandbox {
                 }
             }
             Input::MachineEnded(end) => self.machine_ended(end),
+            Input::Signalled(id, signal) => self.signalled(&id, signal),
             Input::AgentLost => {
                 if self.machine_lives() {
                     self.out.push(Effect::KillMachine("the guest's agent hung up".into()));

@@ -228,6 +228,17 @@ impl Sandbox {
         }
     }
 
+    /// As kill(2) to the first process of a container on the host; one that has ended feels nothing.
+    pub(super) fn signalled(&mut self, id: &ContainerId, signal: u32) {
+        if self.containers.get(id).is_some_and(|c| c.init.is_alive()) {
+            let key = ProcessKey::init(id);
+            if signal == SIGKILL {
+                self.out.push(Effect::Arm(Deadline::Killed(id.clone())));
+            }
+            self.out.push(Effect::Start(Job::Ask(NOBODY, Ask::Signal { key, signal, all: false })));
+        }
+    }
+
     fn wait(&mut self, ticket: Ticket, key: &ProcessKey) -> Result<(), Fault> {
         let process = self.find(key)?;
         match (&process.phase, process.exit) {

@@ -112,7 +112,7 @@ impl World {
                 let role = if request.id == id("a") { Role::Sandbox } else { Role::Member };
                 Done::Prepare(request.id, if well { Ok(role) } else { Err(fault()) })
             }
-            Job::GuestCreate(id) => Done::GuestCreate(id, guest),
+            Job::GuestCreate(id) => Done::GuestCreate(id, guest.map(|()| 43)),
             Job::GuestStart(id) => Done::GuestStart(id, guest),
             Job::GuestExec { key, .. } => Done::GuestExec(key, guest),
             Job::Release { container, .. } => Done::Release(container),
@@ -448,7 +448,7 @@ fn t8_a_silent_guest_still_has_a_process() {
     let mut world = World::running("c");
     let pids = world.ask(Request::Pids(id("c")));
     world.finish(0, false);
-    assert_eq!(world.reply(pids), &Ok(Reply::Pids(vec![(42, String::new())])));
+    assert_eq!(world.reply(pids), &Ok(Reply::Pids(vec![(43, String::new())])));
 }
 
 #[test]
@@ -465,11 +465,26 @@ fn a_container_that_is_deleted_while_it_is_created_is_taken_back() {
 }
 
 #[test]
+fn a_signal_to_the_stand_in_is_one_to_the_container_while_it_lives() {
+    let mut world = World::running("c");
+    world.feed(Input::Signalled(id("other"), 15));
+    assert!(world.jobs.is_empty(), "there is nobody");
+    world.feed(Input::Signalled(id("c"), 15));
+    let asked = |job: &Job| matches!(job, Job::Ask(_, Ask::Signal { signal: 15, all: false, .. }));
+    assert!(world.jobs.iter().any(asked), "{:?}", world.jobs);
+    world.finish(0, true);
+    world.feed(Input::GuestExit(key("c", ""), exit(0)));
+    world.feed(Input::StreamsClosed(key("c", "")));
+    world.feed(Input::Signalled(id("c"), 9));
+    assert!(world.jobs.is_empty(), "it has ended");
+}
+
+#[test]
 fn a_container_that_has_ended_is_not_one_without_pids() {
     let mut world = World::running("c");
     world.feed(Input::GuestExit(key("c", ""), exit(23)));
     let draining = world.ask(Request::Pids(id("c")));
-    assert_eq!(world.reply(draining), &Ok(Reply::Pids(vec![(42, String::new())])));
+    assert_eq!(world.reply(draining), &Ok(Reply::Pids(vec![(43, String::new())])));
     world.feed(Input::StreamsClosed(key("c", "")));
     let stopped = world.ask(Request::Pids(id("c")));
     assert_eq!(world.reply(stopped).as_ref().unwrap_err().kind, Kind::FailedPrecondition);
@@ -483,6 +498,7 @@ enum Step {
     Streams(ProcessKey),
     Expire(usize),
     Oom(ContainerId),
+    Signalled(ContainerId, u32),
     MachineEnds,
     AgentLost,
 }
@@ -545,6 +561,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => processes().prop_map(Step::Streams),
         1 => any::<usize>().prop_map(Step::Expire),
         1 => Just(Step::Oom(id("a"))),
+        1 => Just(Step::Signalled(id("b"), 9)),
         1 => Just(Step::MachineEnds),
         1 => Just(Step::AgentLost),
     ];
@@ -604,6 +621,7 @@ proptest! {
                 }
                 Step::Expire(_) => {}
                 Step::Oom(id) => world.feed(Input::GuestOom(id)),
+                Step::Signalled(id, signal) => world.feed(Input::Signalled(id, signal)),
                 Step::MachineEnds if std::mem::take(&mut world.machine_lives) => {
                     world.feed(Input::MachineEnded(ended()));
                 }
