@@ -10,6 +10,7 @@ use std::{
     fs,
     os::unix::{fs::FileExt, net::UnixListener},
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use bulkhead_hypervisor::{Exit, Machine, builtin::BuiltinMachine};
@@ -18,7 +19,7 @@ use bulkhead_vmm_spec::{
     wire::{Answer, Command},
 };
 
-use crate::rig::{Rig, Session, builtin, within};
+use crate::rig::{Rig, Running, builtin, within};
 
 type Counts = BTreeMap<String, BTreeMap<String, u64>>;
 
@@ -109,10 +110,10 @@ const LINES: u32 = 50;
 
 /// Nothing of an attack may go on in the devices: what has nothing to do sleeps, and what answers lines
 /// sleeps between them.
-async fn assert_rest(pid: i32, guest: &mut Session) {
+async fn assert_rest(pid: i32, attacker: &mut Running<BuiltinMachine>) {
     let before = work(pid);
     for n in 0..LINES {
-        assert_eq!(guest.command(&n.to_string()).await, "");
+        assert_eq!(attacker.command(&n.to_string()).await, "");
     }
     let after = work(pid);
     for (name, (used, slept)) in &before {
@@ -188,16 +189,17 @@ async fn an_attacker_harms_nobody_and_its_devices_still_serve() {
     // Who listens there never takes anything.
     let silent = rig.dir.path().join("vsock_1025");
     let _silence = UnixListener::bind(&silent).unwrap();
-    let mut machine = builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await.unwrap();
+    let started = Instant::now();
+    let machine = builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await.unwrap();
     up();
     let pid = machine.pid();
     // The honest driver that comes after the attack says hello: the device was reset and serves.
-    let (mut guest, _) = rig.hello(&mut machine).await;
+    let mut attacker = rig.greeted(Box::new(machine), started).await;
     let before = (own_memory(pid), threads(pid), descriptors(pid));
-    assert_refused(&counts(&machine).await);
+    assert_refused(&counts(&attacker.machine).await);
 
     // All of it again, while the neighbour works.
-    guest.send("again").await;
+    attacker.send("again").await;
     let attacked = Cell::new(true);
     let works = async {
         let mut n = 0;
@@ -208,19 +210,20 @@ async fn an_attacker_harms_nobody_and_its_devices_still_serve() {
         }
     };
     let returns = async {
-        let hello = rig.hello(&mut machine).await;
+        let hello = rig.hello(&mut *attacker.machine).await;
         attacked.set(false);
         hello
     };
-    let ((mut guest, _), ()) = tokio::join!(returns, works);
+    let ((session, _), ()) = tokio::join!(returns, works);
+    attacker.session = session;
     let after = (own_memory(pid), threads(pid), descriptors(pid));
     assert!(after.0 <= before.0 + 512, "memory grew from {} to {} KiB", before.0, after.0);
     assert_eq!(after.1, before.1, "{before:?} became {after:?}");
     assert!(after.2 <= before.2 + 2, "{before:?} became {after:?}");
-    let all = counts(&machine).await;
+    let all = counts(&attacker.machine).await;
     println!("after two attacks: {all:?}; {after:?}");
 
-    assert_rest(pid, &mut guest).await;
+    assert_rest(pid, &mut attacker).await;
 
     // The host's files: nothing behind the end, nothing where nothing may be written.
     assert_eq!(fs::read(&read_only).unwrap(), vec![FILL; DISK + BEHIND]);
@@ -230,10 +233,10 @@ async fn an_attacker_harms_nobody_and_its_devices_still_serve() {
     file.read_exact_at(&mut behind, DISK as u64).unwrap();
     assert_eq!(behind, [FILL; BEHIND]);
 
-    guest.send("restart").await;
-    let end = within(machine.ended()).await;
+    attacker.send("restart").await;
+    let end = attacker.end().await;
     assert!(end.is_guest_shutdown(rig::parts()[0]), "{end}");
-    machine.kill().await;
+    attacker.machine.kill().await;
     fs::remove_file(silent).unwrap();
     rig.assert_nothing_left();
     assert_eq!(neighbour.command("list /share").await, "file");

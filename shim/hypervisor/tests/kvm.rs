@@ -8,6 +8,7 @@ use std::{
     fs,
     os::fd::AsFd,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use bulkhead_hypervisor::{Exit, Machine, builtin::BuiltinMachine};
@@ -16,14 +17,7 @@ use bulkhead_vmm_spec::{
     wire::{Answer, Command, Slot},
 };
 
-use crate::rig::{Rig, Session, builtin, within};
-
-/// A booted machine with its guest's session.
-async fn boot(rig: &Rig) -> (BuiltinMachine, Session) {
-    let mut machine = builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await.unwrap();
-    let (session, _) = rig.hello(&mut machine).await;
-    (machine, session)
-}
+use crate::rig::{Rig, Running};
 
 async fn tell(machine: &BuiltinMachine, command: Command) -> Answer {
     machine.command(command, &[]).await.unwrap()
@@ -47,8 +41,8 @@ fn links(pid: i32, dir: &str) -> Vec<(String, PathBuf)> {
 #[ignore = "needs the parts, and KVM"]
 async fn the_wall_stands() {
     let rig = Rig::new();
-    let (mut machine, _guest) = boot(&rig).await;
-    let pid = machine.pid();
+    let mut running = rig.boot_builtin().await;
+    let pid = running.machine.pid();
     for ids in ["Uid", "Gid"] {
         let ids: BTreeSet<u32> = status(pid, ids).split_whitespace().map(|id| id.parse().unwrap()).collect();
         assert!(ids.len() == 1 && ids.iter().all(|&id| id > 1_900_000_000), "{ids:?}");
@@ -88,7 +82,7 @@ async fn the_wall_stands() {
         let target = target.to_string_lossy();
         assert!(given.iter().any(|prefix| target.starts_with(prefix)), "fd {number}: {target}");
     }
-    machine.kill().await;
+    running.machine.kill().await;
     rig.assert_nothing_left();
 }
 
@@ -96,36 +90,36 @@ async fn the_wall_stands() {
 #[ignore = "needs the parts, and KVM"]
 async fn a_paused_machine_stands_still_and_goes_on() {
     let rig = Rig::new();
-    let (mut machine, mut guest) = boot(&rig).await;
-    assert_eq!(tell(&machine, Command::Pause).await, Answer::Done);
+    let mut running = rig.boot_builtin().await;
+    assert_eq!(tell(&running.machine, Command::Pause).await, Answer::Done);
     // Paused twice is paused.
-    assert_eq!(tell(&machine, Command::Pause).await, Answer::Done);
+    assert_eq!(tell(&running.machine, Command::Pause).await, Answer::Done);
     let exits = |answer| match answer {
         Answer::Metrics(all) => all["cpus"].clone(),
         other => panic!("{other:?}"),
     };
-    let before = exits(tell(&machine, Command::Metrics).await);
-    guest.send("list /").await;
-    let after = exits(tell(&machine, Command::Metrics).await);
+    let before = exits(tell(&running.machine, Command::Metrics).await);
+    running.send("list /").await;
+    let after = exits(tell(&running.machine, Command::Metrics).await);
     assert_eq!(before, after, "no processor runs");
-    assert_eq!(tell(&machine, Command::Resume).await, Answer::Done);
-    assert!(!guest.answer().await.is_empty(), "what was asked meanwhile is answered");
-    machine.kill().await;
+    assert_eq!(tell(&running.machine, Command::Resume).await, Answer::Done);
+    assert!(!running.answer().await.is_empty(), "what was asked meanwhile is answered");
+    running.machine.kill().await;
 }
 
 #[tokio::test]
 #[ignore = "needs the parts, and KVM"]
 async fn what_happens_is_counted() {
     let rig = Rig::new();
-    let (mut machine, mut guest) = boot(&rig).await;
-    guest.command("mount virtiofs share /share").await;
-    let Answer::Metrics(all) = tell(&machine, Command::Metrics).await else { panic!("metrics") };
+    let mut running = rig.boot_builtin().await;
+    running.command("mount virtiofs share /share").await;
+    let Answer::Metrics(all) = tell(&running.machine, Command::Metrics).await else { panic!("metrics") };
     assert!(all["cpus"]["mmio_writes"] > 0, "{all:?}");
     println!("exits to userspace after a boot and a mount: {:?}", all["cpus"]);
     for device in ["vsock", "share", "rng"] {
         assert_eq!(all[device]["transport_activations"], 1, "{device}: {all:?}");
     }
-    machine.kill().await;
+    running.machine.kill().await;
 }
 
 #[tokio::test]
@@ -133,8 +127,8 @@ async fn what_happens_is_counted() {
 async fn disks_come_and_go_while_it_runs() {
     let mut rig = Rig::new();
     rig.shape.spare_slots = 1;
-    let (mut machine, mut guest) = boot(&rig).await;
-    guest.command("mount sysfs sysfs /sys").await;
+    let mut running = rig.boot_builtin().await;
+    running.command("mount sysfs sysfs /sys").await;
     let path = rig.dir.path().join("disk");
     fs::write(&path, vec![0; 4 << 20]).unwrap();
     let attach = |serial: &str| Command::Attach {
@@ -143,20 +137,20 @@ async fn disks_come_and_go_while_it_runs() {
     };
     for serial in ["first", "again"] {
         let disk = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        let answer = machine.command(attach(serial), &[disk.as_fd()]).await.unwrap();
+        let answer = running.machine.command(attach(serial), &[disk.as_fd()]).await.unwrap();
         let Answer::Attached { slot, device } = answer else { panic!("{answer:?}") };
-        let full = machine.command(attach("other"), &[disk.as_fd()]).await.unwrap_err().to_string();
+        let full = running.machine.command(attach("other"), &[disk.as_fd()]).await.unwrap_err().to_string();
         assert!(full.contains("no spare slot"), "{full}");
 
         let driver = "/sys/bus/platform/drivers/virtio-mmio";
-        guest.command(&format!("write {driver}/bind virtio-mmio.{device}")).await;
-        assert_eq!(guest.command("read /sys/block/vda/serial").await, serial);
-        guest.command(&format!("write {driver}/unbind virtio-mmio.{device}")).await;
-        assert_eq!(tell(&machine, Command::Detach { slot }).await, Answer::Done);
+        running.command(&format!("write {driver}/bind virtio-mmio.{device}")).await;
+        assert_eq!(running.command("read /sys/block/vda/serial").await, serial);
+        running.command(&format!("write {driver}/unbind virtio-mmio.{device}")).await;
+        assert_eq!(tell(&running.machine, Command::Detach { slot }).await, Answer::Done);
     }
-    let none = machine.command(Command::Detach { slot: 0 }, &[]).await.unwrap_err().to_string();
+    let none = running.machine.command(Command::Detach { slot: 0 }, &[]).await.unwrap_err().to_string();
     assert!(none.contains("slot 0"), "the vsock device is not one that goes: {none}");
-    machine.kill().await;
+    running.machine.kill().await;
     rig.assert_nothing_left();
 }
 
@@ -164,43 +158,49 @@ async fn disks_come_and_go_while_it_runs() {
 #[ignore = "needs the parts, and KVM"]
 async fn nonsense_is_refused_and_the_machine_goes_on() {
     let rig = Rig::new();
-    let (mut machine, mut guest) = boot(&rig).await;
+    let mut running = rig.boot_builtin().await;
     for command in [
         Command::Detach { slot: 99 },
         Command::Attach { file: Slot(7), block: BlockShape { serial: "s".into(), read_only: true } },
         Command::Resize { growth_bytes: Some(1 << 40), balloon_bytes: None },
     ] {
-        assert!(machine.command(command.clone(), &[]).await.is_err(), "{command:?}");
+        assert!(running.machine.command(command.clone(), &[]).await.is_err(), "{command:?}");
     }
-    assert!(!guest.command("list /").await.is_empty());
-    machine.kill().await;
+    assert!(!running.command("list /").await.is_empty());
+    running.machine.kill().await;
 }
 
 #[tokio::test]
 #[ignore = "needs the parts, and KVM"]
 async fn stop_ends_it_in_order() {
     let rig = Rig::new();
-    let (mut machine, _guest) = boot(&rig).await;
-    assert_eq!(tell(&machine, Command::Stop).await, Answer::Done);
-    let end = within(machine.ended()).await;
+    let mut running = rig.boot_builtin().await;
+    assert_eq!(tell(&running.machine, Command::Stop).await, Answer::Done);
+    let end = running.end().await;
     assert_eq!((end.part.as_str(), end.exit), ("bulkhead-vmm", Exit::Code(0)), "{end}");
-    machine.kill().await;
+    running.machine.kill().await;
     assert!(!Path::new(&rig.bindings.vsock).exists());
     rig.assert_nothing_left();
 }
 
 /// MemTotal or MemFree of the guest in MiB.
-async fn meminfo(guest: &mut Session, field: &str) -> u64 {
-    let text = guest.command("read /proc/meminfo").await;
+async fn meminfo(running: &mut Running<BuiltinMachine>, field: &str) -> u64 {
+    let text = running.command("read /proc/meminfo").await;
     let line = text.lines().find_map(|l| l.strip_prefix(field)?.strip_prefix(':')).expect(field);
     line.split_whitespace().next().unwrap().parse::<u64>().unwrap() >> 10
 }
 
 /// Asks the guest until it has what is wanted. There is no event for it in the guest: each question is a
 /// round trip, and the deadline is the test's.
-async fn until(guest: &mut Session, field: &str, wanted: impl Fn(u64) -> bool) {
-    let ask = async { while !wanted(meminfo(guest, field).await) {} };
-    within(ask).await;
+async fn until(running: &mut Running<BuiltinMachine>, field: &str, wanted: impl Fn(u64) -> bool) {
+    let give_up = Instant::now() + rig::DEADLINE;
+    loop {
+        let mib = meminfo(running, field).await;
+        if wanted(mib) {
+            return;
+        }
+        assert!(Instant::now() < give_up, "{field} is still {mib} MiB");
+    }
 }
 
 #[tokio::test]
@@ -208,25 +208,25 @@ async fn until(guest: &mut Session, field: &str, wanted: impl Fn(u64) -> bool) {
 async fn memory_grows_and_shrinks() {
     let mut rig = Rig::new();
     rig.shape.growth = SizeMib(512);
-    let (mut machine, mut guest) = boot(&rig).await;
-    guest.command("mount proc proc /proc").await;
-    let before = meminfo(&mut guest, "MemTotal").await;
+    let mut running = rig.boot_builtin().await;
+    running.command("mount proc proc /proc").await;
+    let before = meminfo(&mut running, "MemTotal").await;
     let grow = |mib: u64| Command::Resize { growth_bytes: Some(mib << 20), balloon_bytes: None };
-    tell(&machine, grow(256)).await;
-    until(&mut guest, "MemTotal", |mib| mib > before + 200).await;
-    tell(&machine, grow(0)).await;
-    until(&mut guest, "MemTotal", |mib| mib <= before).await;
-    let Answer::Metrics(all) = tell(&machine, Command::Metrics).await else { panic!("metrics") };
+    tell(&running.machine, grow(256)).await;
+    until(&mut running, "MemTotal", |mib| mib > before + 200).await;
+    tell(&running.machine, grow(0)).await;
+    until(&mut running, "MemTotal", |mib| mib <= before).await;
+    let Answer::Metrics(all) = tell(&running.machine, Command::Metrics).await else { panic!("metrics") };
     assert!(all["mem"].values().sum::<u64>() > 0, "{all:?}");
 
     // The balloon takes from what it has.
-    let free = meminfo(&mut guest, "MemFree").await;
+    let free = meminfo(&mut running, "MemFree").await;
     let blow = |mib: u64| Command::Resize { growth_bytes: None, balloon_bytes: Some(mib << 20) };
-    tell(&machine, blow(64)).await;
-    until(&mut guest, "MemFree", |mib| mib + 50 < free).await;
-    tell(&machine, blow(0)).await;
-    until(&mut guest, "MemFree", |mib| mib + 20 > free).await;
-    machine.kill().await;
+    tell(&running.machine, blow(64)).await;
+    until(&mut running, "MemFree", |mib| mib + 50 < free).await;
+    tell(&running.machine, blow(0)).await;
+    until(&mut running, "MemFree", |mib| mib + 20 > free).await;
+    running.machine.kill().await;
 }
 
 #[tokio::test]
@@ -234,12 +234,12 @@ async fn memory_grows_and_shrinks() {
 async fn processors_can_be_brought_online_later() {
     let mut rig = Rig::new();
     (rig.shape.vcpus, rig.shape.max_vcpus) = (1, 2);
-    let (mut machine, mut guest) = boot(&rig).await;
-    guest.command("mount sysfs sysfs /sys").await;
-    assert_eq!(guest.command("read /sys/devices/system/cpu/online").await.trim(), "0");
-    guest.command("write /sys/devices/system/cpu/cpu1/online 1").await;
-    assert_eq!(guest.command("read /sys/devices/system/cpu/online").await.trim(), "0-1");
-    machine.kill().await;
+    let mut running = rig.boot_builtin().await;
+    running.command("mount sysfs sysfs /sys").await;
+    assert_eq!(running.command("read /sys/devices/system/cpu/online").await.trim(), "0");
+    running.command("write /sys/devices/system/cpu/cpu1/online 1").await;
+    assert_eq!(running.command("read /sys/devices/system/cpu/online").await.trim(), "0-1");
+    running.machine.kill().await;
 }
 
 /// Ten processors, and with the devices more threads than the C library makes heaps for without asking the system.
@@ -248,9 +248,9 @@ async fn processors_can_be_brought_online_later() {
 async fn many_processors() {
     let mut rig = Rig::new();
     (rig.shape.vcpus, rig.shape.max_vcpus) = (10, 10);
-    let (mut machine, mut guest) = boot(&rig).await;
-    guest.command("mount sysfs sysfs /sys").await;
-    assert_eq!(guest.command("read /sys/devices/system/cpu/online").await.trim(), "0-9");
-    machine.kill().await;
+    let mut running = rig.boot_builtin().await;
+    running.command("mount sysfs sysfs /sys").await;
+    assert_eq!(running.command("read /sys/devices/system/cpu/online").await.trim(), "0-9");
+    running.machine.kill().await;
     rig.assert_nothing_left();
 }

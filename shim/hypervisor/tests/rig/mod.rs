@@ -12,7 +12,7 @@ use std::{
 
 use bulkhead_hypervisor::{
     Hypervisor, Journal, Machine, MachineEnd,
-    builtin::{Builtin, BuiltinConfig, VMM},
+    builtin::{Builtin, BuiltinConfig, BuiltinMachine, VMM},
     qemu::{QEMU, Qemu, QemuConfig, VSOCK},
     share::VIRTIOFSD,
 };
@@ -28,6 +28,8 @@ use tokio::{
 
 /// For every single wait; two loaded cores take a few seconds where two idle ones take one.
 pub const DEADLINE: Duration = Duration::from_secs(60);
+/// How long a machine whose guest does not answer has for its own end, before we make one.
+const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// A machine of a test with its files.
 pub struct Rig {
@@ -55,9 +57,9 @@ pub struct Session {
 }
 
 /// A machine whose guest has said hello.
-pub struct Running {
-    pub machine: Box<dyn Machine>,
-    session: Session,
+pub struct Running<T: Machine + ?Sized = dyn Machine> {
+    pub machine: Box<T>,
+    pub session: Session,
     /// How long the launch took to answer.
     pub launched_after: Duration,
     /// From the launch to the hello.
@@ -155,7 +157,19 @@ impl Rig {
 
     pub async fn boot_by(&self, backend: &dyn Hypervisor) -> Running {
         let started = Instant::now();
-        let mut machine = backend.launch(&self.shape, &self.bindings, &self.journal).await.unwrap();
+        let machine = backend.launch(&self.shape, &self.bindings, &self.journal).await.unwrap();
+        self.greeted(machine, started).await
+    }
+
+    /// As [`Self::boot`], with all that our own VMM can do.
+    pub async fn boot_builtin(&self) -> Running<BuiltinMachine> {
+        let started = Instant::now();
+        let machine = builtin().launch_builtin(&self.shape, &self.bindings, &self.journal).await.unwrap();
+        self.greeted(Box::new(machine), started).await
+    }
+
+    /// The machine that was launched since `started`, once its guest has said hello.
+    pub async fn greeted<T: Machine + ?Sized>(&self, mut machine: Box<T>, started: Instant) -> Running<T> {
         let launched_after = started.elapsed();
         let (session, guest_uptime) = self.hello(&mut *machine).await;
         Running { machine, session, launched_after, hello_after: started.elapsed(), guest_uptime }
@@ -170,7 +184,7 @@ impl Rig {
     }
 
     /// Waits for the guest to say hello; answers what its clock said then, too.
-    pub async fn hello(&self, machine: &mut dyn Machine) -> (Session, Duration) {
+    pub async fn hello<T: Machine + ?Sized>(&self, machine: &mut T) -> (Session, Duration) {
         let socket = tokio::select! {
             dialled = self.listener.accept() => dialled.unwrap().0,
             end = machine.ended() => panic!("no hello: {end}"),
@@ -196,31 +210,61 @@ impl Rig {
 }
 
 impl Session {
+    async fn send(&mut self, command: &str) -> io::Result<()> {
+        self.to_guest.write_all(format!("{command}\n").as_bytes()).await
+    }
+
+    async fn answer(&mut self) -> io::Result<String> {
+        let line = tokio::time::timeout(DEADLINE, self.from_guest.next_line());
+        let Ok(line) = line.await else {
+            let text = format!("nothing came within {DEADLINE:?}");
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        };
+        line?.ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "the connection was closed"))
+    }
+}
+
+impl<T: Machine + ?Sized> Running<T> {
     pub async fn command(&mut self, command: &str) -> String {
         self.send(command).await;
         self.answer().await
     }
 
     pub async fn send(&mut self, command: &str) {
-        self.to_guest.write_all(format!("{command}\n").as_bytes()).await.unwrap();
+        let sent = self.session.send(command).await;
+        self.told("takes no command", sent).await
     }
 
     pub async fn answer(&mut self) -> String {
-        let answer = within(self.from_guest.next_line()).await.unwrap().expect("the guest answers");
+        let answer = self.session.answer().await;
+        let answer = self.told("does not answer", answer).await;
         match answer.strip_prefix("ok") {
             Some(text) => text.trim_start().replace("\\n", "\n"),
             None => panic!("the guest: {answer}"),
         }
     }
-}
 
-impl Running {
-    pub async fn command(&mut self, command: &str) -> String {
-        self.session.command(command).await
+    /// A guest that has gone silent says nothing of why; its machine does.
+    async fn told<R>(&mut self, silence: &str, result: io::Result<R>) -> R {
+        match result {
+            Ok(told) => told,
+            Err(error) => panic!("the guest {silence}: {error}; {}", self.last_words().await),
+        }
     }
 
-    pub async fn send(&mut self, command: &str) {
-        self.session.send(command).await
+    /// How the machine ended, and the end of its console. One that goes on is ended.
+    async fn last_words(&mut self) -> String {
+        let own = tokio::time::timeout(LAST_WORDS, self.machine.ended()).await;
+        let (end, fate) = match own {
+            Ok(end) => (end, "its machine ended"),
+            Err(_) => {
+                self.machine.kill().await;
+                (self.end().await, "its machine went on until it was killed")
+            }
+        };
+        // The words of an end that was asked for leave it out.
+        let console = if end.asked { end.console.join(" | ") } else { String::new() };
+        format!("{fate}: {end} {console}")
     }
 
     pub async fn end(&mut self) -> MachineEnd {
