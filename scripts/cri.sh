@@ -32,7 +32,7 @@ write_cni() {
         "routes": [{"dst": "0.0.0.0/0"}]
       }
     },
-    {"type": "portmap", "snat": false, "capabilities": {"portMappings": true}}
+    {"type": "portmap", "capabilities": {"portMappings": true}}
   ]
 }
 CONF
