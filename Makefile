@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build image kernel parts test lint bench fuzz node node-run node-down bench-kvm bench-node
+.PHONY: help run up down env build image kernel parts test lint critest bench fuzz node node-run node-down bench-kvm bench-node
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ test: ## every group of tests; the functional one a second time in a VM with KVM
 
 lint: ## rustfmt, clippy, shellcheck
 	@scripts/lint
+
+critest: ## CRI's conformance suite beside runc, as a table [RUNTIME=bulkhead|bulkhead-podsandbox|runc] [BACKEND=kvm|emulation]
+	@RUNTIME="$(RUNTIME)" BACKEND="$(BACKEND)" FOCUS="$(FOCUS)" tests/critest/run
 
 bench: ## times and memory beside runc, as a table and JSON
 	@tests/perf/run

@@ -1,5 +1,5 @@
 # What containerd's CRI needs for pods in this checkout: handlers, a network of its own, a pause image.
-# Source it after private.sh.
+# Source it after private.sh and registry.sh.
 # shellcheck shell=bash disable=SC2034,SC2154  # shares its names with private.sh and with who sources it
 
 # A checkout has a bridge and a subnet of its own, so that two on one machine do not meet.
@@ -32,7 +32,7 @@ write_cni() {
         "routes": [{"dst": "0.0.0.0/0"}]
       }
     },
-    {"type": "portmap", "snat": false, "capabilities": {"portMappings": true}}
+    {"type": "portmap", "capabilities": {"portMappings": true}}
   ]
 }
 CONF
@@ -88,6 +88,9 @@ state = "$short/state"
 [plugins."io.containerd.cri.v1.images".pinned_images]
   sandbox = "$sandbox_image"
 
+[plugins."io.containerd.cri.v1.images".registry]
+  config_path = "$registry_hosts"
+
 [plugins."io.containerd.cri.v1.runtime"]
   restrict_oom_score_adj = true
   netns_mounts_under_state_dir = true
@@ -120,6 +123,9 @@ state = "$short/state"
   netns_mounts_under_state_dir = true
   stream_server_address = "127.0.0.1"
   stream_server_port = "0"
+
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "$registry_hosts"
 
 [plugins."io.containerd.grpc.v1.cri".cni]
   bin_dir = "$cni_plugins"

@@ -87,8 +87,8 @@ find_cargo() {
     [ -n "$cargo" ] || die "cargo is missing. Install Rust as rust-lang.org/tools/install says, or on Debian 13 with: apt-get install rustup && rustup default stable. Then try again"
 }
 
-# write_config FILE STATE_DIR: a config.toml that points to what is built here. Keys
-# that are not in it have their defaults, which configs/config.toml explains.
+# write_config FILE STATE_DIR: a config.toml that points to what is built here, and to $BACKEND where that is set.
+# Keys that are not in it have their defaults, which configs/config.toml explains.
 write_config() {
     local kernel image virtiofsd vsock
     kernel=$("$top/guest-image/build-kernel")
@@ -105,5 +105,6 @@ kernel = "$kernel"
 image = "$image"
 virtiofsd = "$virtiofsd"
 vhost_device_vsock = "$vsock"
+${BACKEND:+backend = "$BACKEND"}
 EOF
 }

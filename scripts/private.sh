@@ -23,12 +23,15 @@ start_time() {
     echo "${20}"
 }
 
-# is_up: whether the containerd that `up` started runs still; its pid is then in $pid.
-is_up() {
+# running FILE: whether the process runs still whose pid and start time are in FILE; its pid is then in $pid.
+running() {
     local started
-    read -r pid started 2>/dev/null <"$run/containerd.pid" || return 1
+    read -r pid started 2>/dev/null <"$1" || return 1
     [ "$(start_time "$pid")" = "$started" ]
 }
+
+# is_up: whether the containerd that `up` started runs still; its pid is then in $pid.
+is_up() { running "$run/containerd.pid"; }
 
 # private_ctr ARGUMENTS…: ctr against the private containerd. Deprecations of the host (cgroup v1) are
 # nothing that whoever called us can mend here.
@@ -47,19 +50,20 @@ start_containerd() {
         setsid "$run/bin/containerd" --config "$run/containerd.toml" </dev/null >>"$log" 2>&1 &
     pid=$!
     echo "$pid $(start_time "$pid")" >"$run/containerd.pid"
-    wait_ready "$log"
+    wait_ready containerd "$log" "containerd successfully booted"
 }
 
-# wait_ready LOG: return when containerd says in its log that it serves; fail when it ends or is late.
+# wait_ready NAME LOG LINE: return when the daemon whose pid is in $pid says LINE in its log; fail when it ends
+# or is late.
 wait_ready() {
     local reader ended=
-    # A job beside containerd, not a `read` here: only in `wait` does a shell learn that a child has ended.
-    timeout 60 grep -qm 1 "containerd successfully booted" < <(exec tail -n +1 -f "$1" 2>/dev/null) &
+    # A job beside the daemon, not a `read` here: only in `wait` does a shell learn that a child has ended.
+    timeout 60 grep -qm 1 "$3" < <(exec tail -n +1 -f "$2" 2>/dev/null) &
     reader=$!
     if wait -n -p ended "$reader" "$pid" && [ "$ended" = "$reader" ]; then return; fi
     kill "$reader" 2>/dev/null || true
-    tail -n 20 "$1" >&2
+    tail -n 20 "$2" >&2
     "$top/scripts/end-process" KILL "$pid" 10
-    say "containerd did not start (log: $1)"
+    say "$1 did not start (log: $2)"
     return 1
 }

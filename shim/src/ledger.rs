@@ -8,10 +8,16 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, BufRead, BufReader, Write},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
-use nix::mount::{MntFlags, umount2};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, open},
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sys::stat::Mode,
+};
 use oci_spec::runtime::Hook;
 use serde::{Deserialize, Serialize};
 
@@ -290,10 +296,24 @@ fn take_back(entry: &Entry) -> Result<(), String> {
 
 /// Unmounts all that lies on `target`. Not there, or not a mount point: nothing to do.
 pub fn unmount(target: &Path) -> io::Result<()> {
+    // A maker that was killed may have left a copy that still shares what is mounted below it with the original,
+    // which would lose it as well. By a descriptor, since mount(2) follows a symbolic link.
+    match open(target, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()) {
+        Ok(there) => {
+            let alone = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            let path = format!("/proc/self/fd/{}", there.as_raw_fd());
+            match mount(None::<&str>, path.as_str(), None::<&str>, alone, None::<&str>) {
+                Ok(()) | Err(Errno::EINVAL) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Err(Errno::ENOENT) => return Ok(()),
+        Err(e) => return Err(e.into()),
+    }
     loop {
         match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) => continue,
-            Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => return Ok(()),
+            Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
             Err(e) => return Err(e.into()),
         }
     }

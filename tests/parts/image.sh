@@ -35,3 +35,16 @@ pack_image() {
     printf '%s' '{"imageLayoutVersion":"1.0.0"}' >oci/oci-layout
     image_tar --owner=0 --group=0 -C oci -cf image.tar blobs index.json oci-layout
 }
+
+# busybox_root BUSYBOX LINK…: lay it into the current folder, and beside it each of its applets as LINK makes it
+# when given the applet's path.
+busybox_root() {
+    local applet
+    install -D -m 0755 "$1" bin/busybox
+    shift
+    ./bin/busybox --list-full | while read -r applet; do
+        if [ "$applet" = linuxrc ] || [ -e "$applet" ]; then continue; fi
+        mkdir -p "$(dirname "$applet")"
+        "$@" "$applet"
+    done
+}

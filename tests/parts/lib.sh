@@ -8,11 +8,13 @@ parts=$cache/parts
 mkdir -p "$parts"
 
 # What a failed build leaves behind is of no use to the next one.
-scratches=()
+scratches=() scratches_of=
 
 # scratch: put the path of a new folder, on the same disk as its final place, into $scratch.
 scratch() {
     scratch=$(mktemp -d -p "$parts" build.XXXXXX)
+    # A command substitution begins with its parent's, which are not its own to remove.
+    [ "$scratches_of" = "$BASHPID" ] || scratches=() scratches_of=$BASHPID
     scratches+=("$scratch")
     # Here, because a command substitution has traps of its own.
     trap 'rm -rf "${scratches[@]}"' EXIT

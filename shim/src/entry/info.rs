@@ -44,7 +44,7 @@ fn features() -> serde_json::Value {
         "hooks": ["prestart", "createRuntime", "startContainer", "poststart", "poststop"],
         "mountOptions": [
             "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "noatime", "nodev",
-            "nodiratime", "noexec", "nosuid", "private", "rbind", "relatime", "ro", "rprivate", "rslave", "rw",
+            "nodiratime", "noexec", "nosuid", "private", "rbind", "relatime", "ro", "rprivate", "rro", "rslave", "rw",
             "slave", "strictatime", "suid", "sync"
         ],
         "linux": {

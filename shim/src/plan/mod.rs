@@ -9,7 +9,7 @@ mod sizing;
 mod spec;
 
 pub use devices::Disk;
-pub use mounts::Bind;
+pub use mounts::{Bind, ReadOnly};
 pub use pod::{Dns, PodConfig};
 pub use role::{Role, role};
 pub use sizing::Sizing;

@@ -27,7 +27,20 @@ pub struct Bind {
     /// With what is mounted below it.
     pub recursive: bool,
     /// The guest must not write through it, whatever its kernel says.
-    pub read_only: bool,
+    pub read_only: ReadOnly,
+    /// What the host mounts below it later is seen as well (rslave).
+    pub follows_host: bool,
+}
+
+/// How much of a bind mount cannot be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// Nothing.
+    No,
+    /// The mount, but what is mounted below it as that says itself (ro).
+    Itself,
+    /// The mount and all below it (rro).
+    WithAllBelow,
 }
 
 /// Gives every bind mount of the spec a place in the share and answers what must be put there.
@@ -62,14 +75,21 @@ pub(super) fn translate(spec: &mut Spec, id: &ContainerId, role: Role) -> Result
             Fault::new(Kind::InvalidArgument, text)
         })?;
         let slot = binds.len();
-        mount.set_source(Some(format!("{SHARE_DIR}/{id}/mounts/{slot}").into()));
-        binds.push(Bind {
-            slot,
-            source,
-            destination,
-            recursive: has("rbind"),
-            read_only: has("ro") || has("rro"),
-        });
+        mount.set_source(Some(in_share(id, slot)));
+        let read_only = match (has("rro"), has("ro")) {
+            (true, _) => ReadOnly::WithAllBelow,
+            (false, true) => ReadOnly::Itself,
+            (false, false) => ReadOnly::No,
+        };
+        if read_only == ReadOnly::WithAllBelow {
+            // To the guest a bind is one file system, with all that is mounted below it on the host.
+            let mut plain: Vec<_> = options.iter().filter(|o| *o != "rro" && *o != "ro").cloned().collect();
+            plain.push("ro".to_owned());
+            mount.set_options(Some(plain));
+        }
+        let recursive = has("rbind");
+        let follows_host = !has("private") && !has("rprivate");
+        binds.push(Bind { slot, source, destination, recursive, read_only, follows_host });
     }
     spec.set_mounts(Some(mounts));
     Ok(binds)
@@ -86,16 +106,56 @@ impl ContainerPlan {
         let read_only = self.root_read_only;
         let mut options = vec!["rbind".to_owned(), "rprivate".to_owned()];
         options.push(if read_only { "ro" } else { "rw" }.to_owned());
-        let mut mount = Mount::default();
-        mount
-            .set_destination(destination.into())
-            .set_typ(Some("bind".into()))
-            .set_source(Some(format!("{SHARE_DIR}/{id}/mounts/{slot}").into()))
-            .set_options(Some(options));
-        mounts.push(mount);
+        mounts.push(bind(destination.into(), in_share(id, slot), options));
         self.guest_spec.set_mounts(Some(mounts));
-        self.binds.push(Bind { slot, source, destination: destination.into(), recursive: true, read_only });
+        let read_only = if read_only { ReadOnly::Itself } else { ReadOnly::No };
+        let destination = destination.into();
+        self.binds.push(Bind { slot, source, destination, recursive: true, read_only, follows_host: false });
     }
+
+    /// Where the container's root needs a mount point: what is not below an earlier mount, each with the number of
+    /// the bind mount that it is for, if it is for one.
+    pub fn mount_points(&self) -> Vec<(PathBuf, Option<usize>)> {
+        let mut seen: Vec<PathBuf> = Vec::new();
+        let mut points = Vec::new();
+        for mount in self.guest_spec.mounts().iter().flatten() {
+            let destination = mount.destination();
+            if !seen.iter().any(|earlier| destination.starts_with(earlier)) {
+                let bind = self.binds.iter().find(|bind| bind.destination == *destination);
+                points.push((destination.clone(), bind.map(|bind| bind.slot)));
+            }
+            seen.push(destination.clone());
+        }
+        points
+    }
+
+    /// Leaves to the host what of the read-only bind with the number `slot` can be written: to the guest it is one
+    /// file system with all that is mounted below it, of which each part has its own say.
+    pub fn leave_to_host(&mut self, id: &ContainerId, slot: usize) {
+        let source = in_share(id, slot);
+        let mut mounts = self.guest_spec.mounts().clone().unwrap_or_default();
+        for mount in mounts.iter_mut().filter(|mount| mount.source().as_ref() == Some(&source)) {
+            let options = mount.options().iter().flatten();
+            let options = options.map(|o| if o == "ro" { "rw".to_owned() } else { o.clone() });
+            mount.set_options(Some(options.collect()));
+        }
+        self.guest_spec.set_mounts(Some(mounts));
+    }
+}
+
+/// Where the guest finds the bind mount with the number `slot`.
+fn in_share(id: &ContainerId, slot: usize) -> PathBuf {
+    format!("{SHARE_DIR}/{id}/mounts/{slot}").into()
+}
+
+fn bind(destination: PathBuf, source: PathBuf, options: Vec<String>) -> Mount {
+    let mut mount = Mount::default();
+    mount
+        .set_destination(destination)
+        .set_typ(Some("bind".into()))
+        .set_source(Some(source))
+        .set_options(Some(options));
+    mount
 }
 
 /// The /dev/shm that containerd means for the whole pod: what its CRI has made on the host, or, where that is

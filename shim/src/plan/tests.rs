@@ -61,13 +61,82 @@ fn binds_get_a_slot_each_and_keep_their_order_among_the_mounts() {
     .unwrap();
     let seen: Vec<_> =
         plan.binds.iter().map(|b| (b.slot, b.source.to_str().unwrap(), b.recursive, b.read_only)).collect();
-    assert_eq!(seen, [(0, "/host/a", true, true), (1, "/host/b", false, false)]);
+    assert_eq!(seen, [(0, "/host/a", true, ReadOnly::Itself), (1, "/host/b", false, ReadOnly::No)]);
     let mounts = plan.guest_spec.mounts().clone().unwrap();
     let sources: Vec<_> = mounts.iter().map(|m| m.source().clone().unwrap().display().to_string()).collect();
     assert_eq!(
         sources,
         ["proc", "/run/bulkhead/share/c/mounts/0", "tmpfs", "/run/bulkhead/share/c/mounts/1"]
     );
+}
+
+/// A plan of one bind mount of /host at /m.
+fn with_bind(options: &[&str]) -> ContainerPlan {
+    let mount = json!({"destination": "/m", "type": "bind", "source": "/host", "options": options});
+    container(&id(), spec(|s| s["mounts"] = json!([mount, {"destination": "/t", "type": "tmpfs"}]))).unwrap()
+}
+
+/// Destination, source below the bind mount's place, and options of each mount that the guest makes.
+fn told(plan: &ContainerPlan) -> Vec<(String, String, String)> {
+    let mounts = plan.guest_spec.mounts().clone().unwrap();
+    let one = |m: &oci_spec::runtime::Mount| {
+        let source = m.source().clone().unwrap_or_default().display().to_string();
+        let source = source.strip_prefix("/run/bulkhead/share/c/mounts/").unwrap_or_default().to_owned();
+        let options = m.options().clone().unwrap_or_default().join(",");
+        (m.destination().display().to_string(), source, options)
+    };
+    mounts.iter().map(one).collect()
+}
+
+#[test]
+fn mounts_below_a_read_only_bind_have_their_own_say() {
+    let mut plan = with_bind(&["rbind", "rprivate", "ro"]);
+    assert_eq!(plan.binds[0].read_only, ReadOnly::Itself);
+    assert_eq!(told(&plan)[0].2, "rbind,rprivate,ro");
+    plan.leave_to_host(&id(), 1);
+    assert_eq!(told(&plan)[0].2, "rbind,rprivate,ro", "another one");
+    plan.leave_to_host(&id(), 0);
+    assert_eq!(told(&plan)[0], ("/m".to_owned(), "0".to_owned(), "rbind,rprivate,rw".to_owned()));
+}
+
+#[test]
+fn a_recursive_read_only_bind_is_one_read_only_file_system_to_the_guest() {
+    for options in [&["rbind", "rprivate", "rro"][..], &["rbind", "ro", "rprivate", "rro"]] {
+        let plan = with_bind(options);
+        assert_eq!(plan.binds[0].read_only, ReadOnly::WithAllBelow);
+        assert_eq!(told(&plan)[0].2, "rbind,rprivate,ro");
+    }
+}
+
+#[test]
+fn a_root_needs_mount_points_for_what_no_earlier_mount_covers() {
+    let bind = |at: &str| json!({"destination": at, "type": "bind", "source": "/host", "options": ["rbind"]});
+    let mounts = json!([
+        {"destination": "/dev", "type": "tmpfs"}, {"destination": "/dev/pts", "type": "devpts"},
+        bind("/etc/hosts"), bind("/etc/hosts2"), bind("/m"), bind("/m/below")
+    ]);
+    let plan = container(&id(), spec(|s| s["mounts"] = mounts)).unwrap();
+    let points: Vec<_> =
+        plan.mount_points().into_iter().map(|(p, bind)| (p.display().to_string(), bind)).collect();
+    let point = |at: &str, bind| (at.to_owned(), bind);
+    assert_eq!(
+        points,
+        [
+            point("/dev", None),
+            point("/etc/hosts", Some(0)),
+            point("/etc/hosts2", Some(1)),
+            point("/m", Some(2))
+        ]
+    );
+}
+
+#[test]
+fn a_bind_follows_the_host_unless_it_is_private() {
+    for (word, follows) in [("rslave", true), ("slave", true), ("rprivate", false), ("private", false)] {
+        assert_eq!(with_bind(&["rbind", word]).binds[0].follows_host, follows, "{word}");
+    }
+    // As runc has it.
+    assert!(with_bind(&["rbind"]).binds[0].follows_host);
 }
 
 #[test]

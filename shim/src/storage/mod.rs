@@ -4,10 +4,10 @@
 mod disk;
 mod mount;
 mod pod;
-pub mod points;
+mod points;
 mod share;
 
 pub use disk::{DiskError, Disks};
-pub use mount::{MountError, mount};
+pub use mount::{MountError, bind, make_read_only, mount};
 pub use pod::PodFiles;
 pub use share::{Share, ShareError};

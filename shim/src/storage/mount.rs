@@ -9,6 +9,7 @@ use std::{
 use nix::{
     mount::{MsFlags, mount as sys_mount},
     sched::{CloneFlags, unshare},
+    sys::statvfs::{FsFlags, statvfs},
 };
 
 /// The kernel copies at most one page of mount data (mount(2)).
@@ -41,6 +42,16 @@ const FLAGS: [(&str, MsFlags, bool); 25] = [
     ("strictatime", MsFlags::MS_STRICTATIME, false),
     ("suid", MsFlags::MS_NOSUID, true),
     ("sync", MsFlags::MS_SYNCHRONOUS, false),
+];
+
+/// What a mount keeps when it is mounted again to be read-only.
+const KEPT: [(FsFlags, MsFlags); 6] = [
+    (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+    (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+    (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+    (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+    (FsFlags::ST_NODIRATIME, MsFlags::MS_NODIRATIME),
+    (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
 ];
 
 /// Why something could not be mounted.
@@ -121,6 +132,38 @@ fn mount_here(kind: &str, source: &str, flags: MsFlags, data: &str, target: &Pat
         return Ok(());
     }
     sys_mount(Some(source), target, Some(kind), flags, data).map_err(fault)
+}
+
+/// Shows `source` at `target`, which exists. What is mounted below `source` later appears at `target` as well
+/// if it `follows`. Nothing that happens below `target` is seen at `source`: in a copy that still shares its
+/// mounts (mount_namespaces(7)), taking it back would unmount what lies below the original.
+pub fn bind(source: &Path, target: &Path, recursive: bool, follows: bool) -> Result<(), MountError> {
+    let fault = |e: nix::errno::Errno| MountError::Mount {
+        kind: "bind".into(),
+        source_name: source.display().to_string(),
+        target: target.into(),
+        source: e.into(),
+    };
+    let none = None::<&str>;
+    let depth = if recursive { MsFlags::MS_REC } else { MsFlags::empty() };
+    sys_mount(Some(source), target, none, MsFlags::MS_BIND | depth, none).map_err(fault)?;
+    let propagation = if follows { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
+    sys_mount(none, target, none, propagation | MsFlags::MS_REC, none).map_err(fault)
+}
+
+/// Makes one mount read-only where it is, not those below it.
+pub fn make_read_only(target: &Path) -> Result<(), MountError> {
+    let fault = |e: nix::errno::Errno| MountError::Mount {
+        kind: "read-only bind".into(),
+        source_name: "none".into(),
+        target: target.into(),
+        source: e.into(),
+    };
+    let has = statvfs(target).map_err(fault)?.flags();
+    let kept = KEPT.iter().filter(|(flag, _)| has.contains(*flag)).map(|(_, flag)| *flag);
+    let flags =
+        kept.fold(MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY, |all, flag| all | flag);
+    sys_mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(fault)
 }
 
 fn parse(options: &[String]) -> (MsFlags, String) {

@@ -1,127 +1,100 @@
-//! Mount points that an image does not have, made in the container's root before it is shared read-only: the guest
-//! could not make them there any more.
-//! Knows names and directories; what is mounted there is the guest's affair.
-//!
-//! The root's content is the image's, and so is every symbolic link in it: all names are resolved in the root, as
-//! the container will, and never lead out of it.
+//! Mount points in a container's root that the image lacks. The guest makes them where it can write; in a root
+//! that is shared read-only they are made here, before it is.
+//! Trusts nothing in the root: no symbolic link of an image leads out of it. Knows no mounts.
 
 use std::{
     io,
     os::fd::OwnedFd,
-    path::{Component, Path, PathBuf},
+    path::{Component, Path},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
+    fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2},
     sys::stat::{Mode, mkdirat},
 };
-use oci_spec::runtime::Mount;
 
-use crate::plan::Bind;
-
-/// What is to be there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Point {
-    /// In the container.
-    pub path: PathBuf,
-    /// An empty file, for a file that is bound to it; else a directory.
-    pub file: bool,
+/// Makes what is missing of `destination` below `root`: its last part a folder, or an empty file. What cannot be
+/// made, in a root that nobody can write, is left to the guest to tell of.
+pub(super) fn make_point(root: &Path, destination: &Path, folder: bool) -> io::Result<()> {
+    match make(root, destination, folder) {
+        Ok(()) | Err(Errno::EROFS | Errno::EEXIST | Errno::ENOTDIR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
-/// Where something is to be mounted, in order; `binds` come from the host.
-pub fn of(mounts: &[Mount], binds: &[Bind]) -> Vec<Point> {
-    let file = |path: &Path| {
-        let bind = binds.iter().rev().find(|bind| bind.destination == path);
-        bind.is_some_and(|bind| bind.source.exists() && !bind.source.is_dir())
-    };
-    mounts.iter().map(Mount::destination).map(|path| Point { path: path.clone(), file: file(path) }).collect()
-}
-
-/// Makes what is missing of `points` in `root`, in their order. One that lies below another is not made: it will be
-/// in what is mounted there.
-pub fn make(root: &Path, points: &[Point]) -> io::Result<()> {
-    let root = nix::fcntl::open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
-    for (n, point) in points.iter().enumerate() {
-        let below = |other: &Point| point.path != other.path && point.path.starts_with(&other.path);
-        if !points[..n].iter().any(below) {
-            make_one(&root, point)?;
-        }
+fn make(root: &Path, destination: &Path, folder: bool) -> nix::Result<()> {
+    let path = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    let root = openat(AT_FDCWD, root, path | OFlag::O_DIRECTORY, Mode::empty())?;
+    // As if the root were that of the process (openat2(2)).
+    let inside =
+        OpenHow::new().flags(path).resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let mut parts = destination.components().filter(|part| matches!(part, Component::Normal(_))).peekable();
+    let mut so_far = std::path::PathBuf::new();
+    let mut parent: OwnedFd = openat2(&root, ".", inside)?;
+    while let Some(part) = parts.next() {
+        so_far.push(part);
+        let found = match openat2(&root, &so_far, inside) {
+            Err(Errno::ENOENT) => None,
+            found => Some(found?),
+        };
+        parent = match found {
+            Some(found) => found,
+            None if folder || parts.peek().is_some() => {
+                mkdirat(&parent, part.as_os_str(), Mode::from_bits_truncate(0o755))?;
+                openat2(&root, &so_far, inside)?
+            }
+            None => {
+                let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+                openat(&parent, part.as_os_str(), flags, Mode::from_bits_truncate(0o644))?
+            }
+        };
     }
     Ok(())
-}
-
-fn make_one(root: &OwnedFd, point: &Point) -> io::Result<()> {
-    let names: Vec<_> = point
-        .path
-        .components()
-        .filter_map(|part| match part {
-            Component::Normal(name) => Some(name),
-            _ => None,
-        })
-        .collect();
-    let mut so_far = PathBuf::from(".");
-    for (n, name) in names.iter().enumerate() {
-        let parent = so_far.clone();
-        so_far.push(name);
-        match open(root, &so_far, OFlag::O_PATH) {
-            Ok(_) => continue,
-            Err(Errno::ENOENT) => {}
-            Err(e) => return Err(e.into()),
-        }
-        let parent = open(root, &parent, OFlag::O_PATH | OFlag::O_DIRECTORY)?;
-        if point.file && n + 1 == names.len() {
-            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            nix::fcntl::openat(&parent, *name, flags | OFlag::O_WRONLY, Mode::from_bits_truncate(0o755))?;
-        } else {
-            mkdirat(&parent, *name, Mode::from_bits_truncate(0o755))?;
-        }
-    }
-    Ok(())
-}
-
-fn open(root: &OwnedFd, path: &Path, flags: OFlag) -> nix::Result<OwnedFd> {
-    let how = OpenHow::new()
-        .flags(flags | OFlag::O_CLOEXEC)
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    openat2(root, path, how)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{fs, os::unix::fs::symlink};
 
     use super::*;
 
-    fn point(path: &str, file: bool) -> Point {
-        Point { path: path.into(), file }
-    }
-
     #[test]
-    fn what_is_missing_is_made_and_what_lies_below_another_is_not() {
-        let tmp = tempfile::tempdir().unwrap();
-        let points =
-            [point("/dev", false), point("/dev/shm", false), point("/a/b", false), point("/etc/hosts", true)];
-        for _ in 0..2 {
-            make(tmp.path(), &points).unwrap();
+    fn what_is_missing_is_made_and_what_is_there_is_kept() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        fs::write(root.path().join("etc/hosts"), "kept").unwrap();
+        for (point, folder) in
+            [("/etc/hosts", false), ("/etc/hostname", false), ("/var/run/a/b", true), ("/etc", true)]
+        {
+            make_point(root.path(), Path::new(point), folder).unwrap();
         }
-        assert!(tmp.path().join("dev").is_dir() && !tmp.path().join("dev/shm").exists());
-        assert!(tmp.path().join("a/b").is_dir() && tmp.path().join("etc/hosts").is_file());
+        assert_eq!(fs::read_to_string(root.path().join("etc/hosts")).unwrap(), "kept");
+        assert_eq!(fs::read_to_string(root.path().join("etc/hostname")).unwrap(), "");
+        assert!(root.path().join("var/run/a/b").is_dir());
     }
 
     #[test]
-    fn links_of_an_image_do_not_lead_out_of_it() {
-        let tmp = tempfile::tempdir().unwrap();
-        let (root, outside) = (tmp.path().join("root"), tmp.path().join("outside"));
-        std::fs::create_dir_all(&root).unwrap();
-        std::fs::create_dir_all(&outside).unwrap();
-        symlink(&outside, root.join("absolute")).unwrap();
-        symlink("../outside", root.join("relative")).unwrap();
-        std::fs::create_dir(root.join("outside")).unwrap();
-        make(&root, &[point("/relative/x", false), point("/../y", false)]).unwrap();
-        assert!(root.join("outside/x").is_dir(), "as the container would find it");
-        assert!(root.join("y").is_dir());
-        assert!(make(&root, &[point("/absolute/x", false)]).is_err(), "it leads to nothing in the root");
-        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+    fn links_of_the_image_lead_where_they_would_in_the_container() {
+        let (root, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::create_dir_all(root.path().join("run")).unwrap();
+        fs::create_dir_all(root.path().join("var")).unwrap();
+        symlink("/run", root.path().join("var/run")).unwrap();
+        symlink(outside.path(), root.path().join("out")).unwrap();
+        symlink("../../../../../../../..", root.path().join("up")).unwrap();
+        make_point(root.path(), Path::new("/var/run/secrets"), true).unwrap();
+        assert!(root.path().join("run/secrets").is_dir());
+        // Where it leads there is nothing in the root, and nothing may be made outside.
+        make_point(root.path(), Path::new("/out/x"), true).unwrap();
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        make_point(root.path(), Path::new("/up/x"), true).unwrap();
+        assert!(root.path().join("x").is_dir());
+        make_point(root.path(), Path::new("/../../y"), true).unwrap();
+        assert!(root.path().join("y").is_dir());
+    }
+
+    #[test]
+    fn a_root_that_is_not_there_is_told() {
+        assert!(make_point(Path::new("/no/such/root"), Path::new("/etc"), true).is_err());
     }
 }

@@ -6,18 +6,23 @@
 //! share/<container>/mounts/<n>    its n-th bind mount
 //! ```
 //!
-//! A read-only bind is read-only on the host too: the guest's kernel is not trusted to keep it so.
+//! A read-only bind is read-only on the host too: the guest's kernel is not trusted to keep it so. What is mounted
+//! below it is read-only only where that was asked for.
 
 use std::{
     io,
     path::{Path, PathBuf},
 };
 
-use super::mount::{MountError, mount};
+use super::{
+    mount::{self, MountError, mount},
+    points::make_point,
+};
 use crate::{
     ids::ContainerId,
     ledger::{Entry, Ledger, LedgerError},
-    plan::Bind,
+    plan::{Bind, ReadOnly},
+    process::mount_points,
     sandbox::model::RootMount,
 };
 
@@ -39,6 +44,15 @@ pub enum ShareError {
     #[error("cannot create {}", path.display())]
     Make {
         /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// What is mounted below a bind could not be found out.
+    #[error("look at the mounts below {}", path.display())]
+    Below {
+        /// The bind.
         path: PathBuf,
         /// Why.
         #[source]
@@ -83,7 +97,8 @@ impl Share {
     }
 
     /// Mounts the container's root at `root`, and shows it to the guest. Without mounts `root` is a folder
-    /// that the user prepared, and must be there.
+    /// that the user prepared, and must be there. A read-only root gets the mount points it lacks, each of
+    /// `points` with whether it is a folder.
     pub fn add_root(
         &self,
         ledger: &mut Ledger,
@@ -91,6 +106,7 @@ impl Share {
         root: &Path,
         mounts: &[RootMount],
         read_only: bool,
+        points: &[(PathBuf, bool)],
     ) -> Result<(), ShareError> {
         if !mounts.is_empty() {
             make_dir(root)?;
@@ -107,13 +123,26 @@ impl Share {
         make_dir(&folder.join("mounts"))?;
         let target = self.root(id);
         make_dir(&target)?;
-        self.bind(ledger, id, root, &target, true, read_only)?;
+        ledger.record(mount_entry(&target, id))?;
+        mount::bind(root, &target, true, false)?;
+        if read_only {
+            for (destination, folder) in points {
+                let made = make_point(&target, destination, *folder);
+                let fault = |source| ShareError::Make {
+                    path: inside(&target, &destination.to_string_lossy()),
+                    source,
+                };
+                made.map_err(fault)?;
+            }
+            mount::make_read_only(&target)?;
+        }
         fail_point!(RootShared);
         Ok(())
     }
 
-    /// Shows one bind mount to the guest.
-    pub fn add_bind(&self, ledger: &mut Ledger, id: &ContainerId, bind: &Bind) -> Result<(), ShareError> {
+    /// Shows one bind mount to the guest. Answers whether parts of a read-only one, which are mounted below it, can
+    /// be written all the same.
+    pub fn add_bind(&self, ledger: &mut Ledger, id: &ContainerId, bind: &Bind) -> Result<bool, ShareError> {
         let target = self.container_dir(id).join("mounts").join(bind.slot.to_string());
         let facts = std::fs::metadata(&bind.source).map_err(|source| ShareError::Source {
             source_path: bind.source.clone(),
@@ -127,28 +156,34 @@ impl Share {
                 .map_err(|source| ShareError::Make { path: target.clone(), source })?;
         }
         fail_point!(BindPlaced);
-        self.bind(ledger, id, &bind.source, &target, bind.recursive, bind.read_only)
-    }
-
-    fn bind(
-        &self,
-        ledger: &mut Ledger,
-        id: &ContainerId,
-        source: &Path,
-        target: &Path,
-        recursive: bool,
-        read_only: bool,
-    ) -> Result<(), ShareError> {
-        ledger.record(mount_entry(target, id))?;
+        ledger.record(mount_entry(&target, id))?;
         fail_point!(BindRecorded);
-        let mut options = vec![if recursive { "rbind".to_owned() } else { "bind".to_owned() }];
-        if read_only {
-            options.push("ro".to_owned());
-        }
-        mount("bind", &source.to_string_lossy(), &options, target)?;
+        mount::bind(&bind.source, &target, bind.recursive, bind.follows_host)?;
         fail_point!(BindMounted);
-        Ok(())
+        if bind.read_only == ReadOnly::No {
+            return Ok(false);
+        }
+        let below = points_below(&target)?;
+        if bind.read_only == ReadOnly::WithAllBelow {
+            for point in &below {
+                mount::make_read_only(point)?;
+            }
+        }
+        mount::make_read_only(&target)?;
+        Ok(bind.read_only == ReadOnly::Itself && !below.is_empty())
     }
+}
+
+/// Everything that is mounted below `target`.
+fn points_below(target: &Path) -> Result<Vec<PathBuf>, ShareError> {
+    let look = |source: io::Error| ShareError::Below { path: target.to_owned(), source };
+    let real = target.canonicalize().map_err(look)?;
+    let mut points = mount_points().map_err(look)?;
+    points.retain(|point| *point != real && point.starts_with(&real));
+    // Mounts that lie on each other at one point count once.
+    points.sort();
+    points.dedup();
+    Ok(points)
 }
 
 fn mount_entry(target: &Path, id: &ContainerId) -> Entry {

@@ -25,7 +25,7 @@ use crate::{
     plan::{self, ContainerPlan, Role},
     process,
     stdio::Tokens,
-    storage::{PodFiles, Share, points},
+    storage::{PodFiles, Share},
 };
 
 /// Below a sandbox's directory: the empty root of what stands for a pod.
@@ -55,7 +55,9 @@ impl Host {
         }
         // Nothing runs in the root of a container that only stands for its pod.
         if role != Role::Sandbox {
-            self.share_files(&request, &plan).await?;
+            for slot in self.share_files(&request, &plan).await? {
+                plan.leave_to_host(&request.id, slot);
+            }
         }
         let subject = hooks::Subject {
             id: request.id.to_string(),
@@ -67,12 +69,13 @@ impl Host {
         Ok(role)
     }
 
-    async fn share_files(&self, request: &CreateRequest, plan: &ContainerPlan) -> Result<(), Fault> {
+    /// Answers the numbers of the bind mounts of which the host alone can say what is read-only.
+    async fn share_files(&self, request: &CreateRequest, plan: &ContainerPlan) -> Result<Vec<usize>, Fault> {
         let (id, rootfs) = (request.id.clone(), request.rootfs.clone());
         // With mounts the root is where containerd will unmount it; without, it is what the spec names.
         let root = request.bundle.join(if rootfs.is_empty() { &plan.root_path } else { Path::new("rootfs") });
         let (binds, read_only) = (plan.binds.clone(), plan.root_read_only);
-        let points = points::of(plan.guest_spec.mounts().as_deref().unwrap_or_default(), &plan.binds);
+        let points = plan.mount_points();
         let share = Share::new(self.dir.join("share"));
         let ledger = self.ledger.clone();
         // Mounting may block on the host's storage; the driver must not.
@@ -81,17 +84,20 @@ impl Host {
             let ledger = guard
                 .as_mut()
                 .ok_or_else(|| Fault::new(Kind::Unavailable, "the sandbox is being taken back"))?;
+            let is_folder = |slot: usize| binds.get(slot).is_none_or(|bind| bind.source.is_dir());
+            let points: Vec<_> =
+                points.into_iter().map(|(point, bind)| (point, bind.is_none_or(is_folder))).collect();
             share
-                .add_root(ledger, &id, &root, &rootfs, read_only)
+                .add_root(ledger, &id, &root, &rootfs, read_only, &points)
                 .map_err(|e| Fault::of(Kind::Internal, &e))?;
-            // Without one the guest says what it cannot mount, and why.
-            if read_only && let Err(error) = points::make(&root, &points) {
-                warn!(%id, %error, "a mount point cannot be made in the root");
-            }
+            let mut mixed = Vec::new();
             for bind in &binds {
-                share.add_bind(ledger, &id, bind).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+                let added = share.add_bind(ledger, &id, bind);
+                if added.map_err(|e| Fault::of(Kind::InvalidArgument, &e))? {
+                    mixed.push(bind.slot);
+                }
             }
-            Ok(())
+            Ok(mixed)
         });
         work.await.unwrap_or_else(|e| Err(Fault::internal("prepare the container's files", &e)))
     }

@@ -1,0 +1,116 @@
+//! The known differences: which spec need not pass where, and why. Must not know what a run said.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, bail, ensure};
+
+/// Where a spec need not pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Where {
+    /// On the test machine, whatever the runtime.
+    Here,
+    /// With bulkhead, by either handler.
+    Bulkhead,
+}
+
+/// Reasons by the names of specs.
+#[derive(Debug, Default)]
+pub(crate) struct Known(BTreeMap<(Where, String), String>);
+
+impl Known {
+    pub(crate) fn reason(&self, place: Where, spec: &str) -> Option<&str> {
+        self.0.get(&(place, spec.to_owned())).map(String::as_str)
+    }
+
+    /// The specs that are named for a place.
+    pub(crate) fn specs(&self, place: Where) -> impl Iterator<Item = &str> {
+        self.0.keys().filter(move |(at, _)| *at == place).map(|(_, spec)| spec.as_str())
+    }
+}
+
+/// Reads the file: sections `[here]` and `[bulkhead]`, in them the name of one or more specs, each on a line,
+/// then their reason on indented lines. `#` begins a remark.
+pub(crate) fn parse(text: &str) -> anyhow::Result<Known> {
+    let mut known = Known::default();
+    let mut place = None;
+    let mut specs = Vec::new();
+    let mut reason = String::new();
+    let lines = text.lines().map(str::trim_end).enumerate();
+    for (number, line) in lines.filter(|(_, line)| !line.starts_with('#')) {
+        let at = || format!("line {}", number + 1);
+        if line.starts_with(char::is_whitespace) {
+            ensure!(!specs.is_empty(), "{}: a reason without a spec above it", at());
+            if !reason.is_empty() {
+                reason.push(' ');
+            }
+            reason.push_str(line.trim_start());
+            continue;
+        }
+        if !reason.is_empty() {
+            known.add(place, &mut specs, &mut reason).with_context(at)?;
+        }
+        match line {
+            "" => ensure!(specs.is_empty(), "{}: a spec without a reason below it", at()),
+            "[here]" => place = Some(Where::Here),
+            "[bulkhead]" => place = Some(Where::Bulkhead),
+            _ if line.starts_with('[') => bail!("{}: unknown section {line}", at()),
+            _ => specs.push(line.to_owned()),
+        }
+    }
+    ensure!(specs.is_empty() || !reason.is_empty(), "the last spec has no reason below it");
+    known.add(place, &mut specs, &mut reason)?;
+    Ok(known)
+}
+
+impl Known {
+    fn add(
+        &mut self,
+        place: Option<Where>,
+        specs: &mut Vec<String>,
+        reason: &mut String,
+    ) -> anyhow::Result<()> {
+        let reason = std::mem::take(reason);
+        for spec in specs.drain(..) {
+            let place = place.context("a spec before the first section")?;
+            let before = self.0.insert((place, spec.clone()), reason.clone());
+            ensure!(before.is_none(), "named twice: {spec}");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn specs_share_the_reason_below_them() {
+        let known =
+            parse("# remark\n[here]\na > b\n    no\n    network\n\n[bulkhead]\nc\nd\n  two\n").unwrap();
+        assert_eq!(known.reason(Where::Here, "a > b"), Some("no network"));
+        assert_eq!(known.reason(Where::Bulkhead, "c"), Some("two"));
+        assert_eq!(known.reason(Where::Bulkhead, "d"), Some("two"));
+        assert_eq!(known.reason(Where::Here, "c"), None);
+        assert_eq!(known.specs(Where::Bulkhead).collect::<Vec<_>>(), ["c", "d"]);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused() {
+        for (text, word) in [
+            ("[elsewhere]\n", "elsewhere"),
+            ("a\n  b\n", "section"),
+            ("[here]\na\n", "no reason"),
+            ("[here]\na\n\nb\n  c\n", "without a reason"),
+            ("[here]\n  b\n", "without a spec"),
+            ("[here]\na\n  b\na\n  c\n", "twice"),
+        ] {
+            let error = format!("{:#}", parse(text).unwrap_err());
+            assert!(error.contains(word), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_file_that_is_in_use_can_be_read() {
+        parse(include_str!("../differences")).unwrap();
+    }
+}
