@@ -148,7 +148,7 @@ impl Host {
         &self,
         key: &ProcessKey,
         io: &Io,
-        process: Vec<u8>,
+        process: Opaque,
         size: Option<(u32, u32)>,
     ) -> Result<(), Fault> {
         if self.stands_for_pod(&key.container) {
@@ -159,7 +159,7 @@ impl Host {
             .hub
             .open(key, io, &self.logger(&key.container))
             .map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
-        let started = agent.exec(key, process, io, tokens, size).await;
+        let started = agent.exec(key, process.0, io, tokens, size).await;
         if started.is_err() {
             self.hub.forget(key);
         }
