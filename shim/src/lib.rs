@@ -8,6 +8,7 @@ pub mod error;
 pub mod events;
 pub mod guest;
 pub mod ids;
+pub mod kept;
 pub mod ledger;
 pub mod log;
 pub mod plan;

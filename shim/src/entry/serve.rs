@@ -27,6 +27,7 @@ use crate::{
     config::Config,
     error::{Fault, chain},
     events::Publisher,
+    kept::{Kept, SHIM_LOG},
     sandbox::{
         driver::{Driver, Handle},
         host::{Host, Identity},
@@ -58,7 +59,7 @@ pub(super) fn serve(flags: &Flags) -> Result<(), String> {
     let loaded = Config::load(None);
     let config = loaded.as_ref().map_or_else(|_| Config::default(), Clone::clone);
     let level = if flags.debug { "debug" } else { config.log_level.as_str() };
-    crate::log::init(Path::new("log"), level, config.trace_file.as_deref());
+    let kept = crate::log::init(Path::new("log"), level, config.trace_file.as_deref());
     become_subreaper();
     // One thread: children die with the thread that made them (PR_SET_PDEATHSIG), and this is the one that
     // lives as long as the process.
@@ -66,7 +67,7 @@ pub(super) fn serve(flags: &Flags) -> Result<(), String> {
         .enable_all()
         .build()
         .map_err(|e| format!("start the runtime: {e}"))?;
-    let result = runtime.block_on(run(flags, loaded.map_err(|e| chain(&e)), config));
+    let result = runtime.block_on(run(flags, loaded.map_err(|e| chain(&e)), config, &kept));
     if let Err(reason) = &result {
         error!("{reason}");
     }
@@ -76,7 +77,12 @@ pub(super) fn serve(flags: &Flags) -> Result<(), String> {
     result
 }
 
-async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> Result<(), String> {
+async fn run(
+    flags: &Flags,
+    loaded: Result<Config, String>,
+    config: Config,
+    kept: &Kept,
+) -> Result<(), String> {
     let listener = take_listener().map_err(|e| format!("take over the socket: {e}"))?;
     let address = std::env::var("TTRPC_ADDRESS").map_err(|_| "TTRPC_ADDRESS is not set".to_owned())?;
     let (publisher, drained) = Publisher::new(&address, &flags.namespace);
@@ -90,6 +96,10 @@ async fn run(flags: &Flags, loaded: Result<Config, String>, config: Config) -> R
         trace::append(path, "start", SystemTime::UNIX_EPOCH + Duration::from_nanos(began), SystemTime::now());
     }
     let host = Host::new(identity, config, loaded.err(), own.clone()).map_err(|e: Fault| e.to_string())?;
+    let log = host.dir().join(SHIM_LOG);
+    if let Err(error) = kept.begin(&log) {
+        warn!(%error, "this log is not kept in {}", log.display());
+    }
     let options = bootstrap::options_from_env(std::env::var(OPTIONS_ENV).ok())?;
     let host = host.with_options(options);
     let (driver, handle) = Driver::new(Arc::new(host), publisher, inputs, own);

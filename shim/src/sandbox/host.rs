@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_hypervisor::Journal;
+use bulkhead_hypervisor::{Journal, child::LineSink};
 use tokio::sync::mpsc;
 use tracing::{Instrument, error, info_span, warn};
 
@@ -26,6 +26,7 @@ use crate::{
     error::{Fault, Kind, chain},
     guest::Agent,
     ids::{ContainerId, ProcessKey},
+    kept::{CAPACITY, CONSOLE_LOG, Ring},
     ledger::{Entry, Ledger},
     process,
     stdio::Hub,
@@ -96,6 +97,7 @@ pub struct Host {
 struct Accounts<'a> {
     ledger: &'a Mutex<Option<Ledger>>,
     cgroup: Option<&'a str>,
+    dir: &'a Path,
 }
 
 impl Journal for Accounts<'_> {
@@ -108,6 +110,15 @@ impl Journal for Accounts<'_> {
             warn!(name, pid, "not counted to the sandbox: {}", chain(&error));
         }
         Ok(())
+    }
+
+    /// The last lines are kept, for `bulkhead logs`; a pod whose console cannot be kept runs all the same.
+    fn console(&self) -> Option<LineSink> {
+        let path = self.dir.join(CONSOLE_LOG);
+        let mut ring = Ring::create(&path, CAPACITY)
+            .inspect_err(|error| warn!(%error, "the guest's console is not kept in {}", path.display()))
+            .ok()?;
+        Some(Box::new(move |line| drop(ring.append(format!("{line}\n").as_bytes()))))
     }
 }
 

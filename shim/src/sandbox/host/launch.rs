@@ -95,7 +95,7 @@ impl Host {
         let disks = Disks::find(wanted.disks.clone()).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
         disks.equip(&mut shape, &mut bindings);
         *lock(&self.disks) = disks;
-        let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref() };
+        let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref(), dir: &self.dir };
         let launch = hypervisor.launch(&shape, &bindings, &accounts).instrument(info_span!("launch"));
         let machine = launch.await.map_err(|e| Fault::of(Kind::FailedPrecondition, &e))?;
         let running = Running::watch(machine, cgroup.clone(), self.inputs.clone());
