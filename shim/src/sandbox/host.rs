@@ -3,6 +3,7 @@
 
 mod backend;
 mod containers;
+mod figures;
 mod launch;
 mod wanted;
 
@@ -18,7 +19,7 @@ use bulkhead_hypervisor::{Journal, child::LineSink};
 use tokio::sync::mpsc;
 use tracing::{Instrument, error, info_span, warn};
 
-use self::{containers::Prepared, wanted::Wanted};
+use self::{containers::Prepared, figures::Scrapes, wanted::Wanted};
 use super::{machine::Running, model::*, network::PodNetwork};
 use crate::{
     cgroup,
@@ -28,9 +29,11 @@ use crate::{
     ids::{ContainerId, ProcessKey},
     kept::{CAPACITY, CONSOLE_LOG, Ring},
     ledger::{Entry, Ledger},
+    metrics::{SOCKET, counters::Counters, http},
     process,
     stdio::Hub,
     storage::Disks,
+    tasks,
 };
 
 /// A file in the sandbox's directory: the pod was deleted in order, and the shim ends with its last container.
@@ -91,6 +94,8 @@ pub struct Host {
     cgroup: Mutex<Option<String>>,
     disks: Mutex<Disks>,
     network: Mutex<Option<Arc<PodNetwork>>>,
+    counters: Arc<Counters>,
+    scrapes: Scrapes,
 }
 
 /// Records processes in the ledger and counts them to the sandbox.
@@ -148,6 +153,7 @@ impl Host {
         config: Config,
         config_error: Option<String>,
         inputs: mpsc::UnboundedSender<Input>,
+        counters: Arc<Counters>,
     ) -> Result<Self, Fault> {
         let dir = sandbox_dir(&config.state_dir, &identity.namespace, &identity.id);
         let fault = |e: io::Error| Fault::internal(&format!("create {}", dir.display()), &e);
@@ -164,7 +170,7 @@ impl Host {
         let start_time = process::start_time(pid).ok().flatten().unwrap_or(0);
         let shim = Entry::Process { name: "shim".into(), pid, start_time };
         ledger.record(shim).map_err(|e| Fault::of(Kind::Internal, &e))?;
-        let hub = Hub::new(inputs.clone());
+        let hub = Hub::new(inputs.clone(), counters.clone());
         Ok(Self {
             identity,
             config,
@@ -180,6 +186,8 @@ impl Host {
             cgroup: Mutex::default(),
             disks: Mutex::default(),
             network: Mutex::default(),
+            counters,
+            scrapes: Scrapes::default(),
         })
     }
 
@@ -192,6 +200,25 @@ impl Host {
     /// The sandbox's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// What is counted of this shim.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Tells the pod's figures at a socket in its directory from now on. A pod without them is a pod.
+    pub fn tell_figures(self: &Arc<Self>) {
+        let path = self.dir.join(SOCKET);
+        let listener = record(&self.ledger, Entry::File { path: path.clone() })
+            .and_then(|()| http::listen(&path).map_err(|e| Fault::internal("listen", &e)));
+        match listener {
+            Ok(listener) => {
+                let host = self.clone();
+                tasks::spawn(http::serve(listener, Box::new(move || Box::pin(host.clone().page()))));
+            }
+            Err(fault) => warn!("metrics are not told at {}: {fault}", path.display()),
+        }
     }
 
     /// Which sandbox this is.

@@ -185,6 +185,44 @@ pub enum Request {
     Shutdown,
 }
 
+impl Request {
+    /// What containerd calls it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Request::Pod(request) => match request {
+                PodRequest::Create(_) => "CreateSandbox",
+                PodRequest::Start => "StartSandbox",
+                PodRequest::Stop { .. } => "StopSandbox",
+                PodRequest::Wait => "WaitSandbox",
+                PodRequest::Status => "SandboxStatus",
+                PodRequest::Stats => "SandboxMetrics",
+                PodRequest::Shutdown => "ShutdownSandbox",
+            },
+            Request::Create(_) => "Create",
+            Request::Start(_) => "Start",
+            Request::Exec { .. } => "Exec",
+            Request::State(_) => "State",
+            Request::Pids(_) => "Pids",
+            Request::Pause(_) => "Pause",
+            Request::Resume(_) => "Resume",
+            Request::Kill { .. } => "Kill",
+            Request::ResizePty { .. } => "ResizePty",
+            Request::CloseIo(_) => "CloseIO",
+            Request::Update { .. } => "Update",
+            Request::Wait(_) => "Wait",
+            Request::Stats(_) => "Stats",
+            Request::Connect(_) => "Connect",
+            Request::Delete(_) => "Delete",
+            Request::Shutdown => "Shutdown",
+        }
+    }
+
+    /// Is answered when something ends, however long that takes.
+    pub fn waits(&self) -> bool {
+        matches!(self, Request::Wait(_) | Request::Pod(PodRequest::Wait))
+    }
+}
+
 /// How and when a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitInfo {

@@ -32,6 +32,13 @@ pub(super) struct Prepared {
     io: Io,
 }
 
+impl Prepared {
+    /// What it is to its pod.
+    pub(super) fn role(&self) -> Role {
+        self.plan.role
+    }
+}
+
 impl Host {
     pub(super) async fn prepare(&self, request: CreateRequest) -> Result<Role, Fault> {
         let spec = load_spec(&request.bundle)?;
