@@ -26,6 +26,23 @@ pub enum Kind {
     Internal,
 }
 
+impl Kind {
+    /// Its name in figures, as gRPC spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Kind::NotFound => "not_found",
+            Kind::AlreadyExists => "already_exists",
+            Kind::FailedPrecondition => "failed_precondition",
+            Kind::InvalidArgument => "invalid_argument",
+            Kind::Unimplemented => "unimplemented",
+            Kind::Unavailable => "unavailable",
+            Kind::DeadlineExceeded => "deadline_exceeded",
+            // What it is on the wire.
+            Kind::Internal => "unknown",
+        }
+    }
+}
+
 /// A failure on its way to whoever asked: one line that says what failed, on what, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {

@@ -4,7 +4,7 @@
 //! One queue and one sender: an event that has to be sent again holds back all that follow it, so a
 //! TaskExit can never overtake its TaskStart (contract, E2 and E6).
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
     protobuf::{
@@ -17,6 +17,8 @@ use containerd_shim_protos::{
 use tokio::{net::UnixStream, sync::mpsc};
 use tracing::{debug, warn};
 
+use crate::{metrics::counters::Counters, tasks};
+
 /// How long one attempt may take (contract, E5).
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// Attempts for one event before it is given up (contract, E5).
@@ -25,10 +27,11 @@ const ATTEMPTS: u32 = 6;
 const BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Takes events for containerd.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Publisher {
     queue: mpsc::UnboundedSender<Envelope>,
     namespace: String,
+    counters: Arc<Counters>,
 }
 
 /// Resolves when every event has been sent or given up, after the last [`Publisher`] was dropped.
@@ -36,11 +39,11 @@ pub type Drained = tokio::task::JoinHandle<()>;
 
 impl Publisher {
     /// Begins to send to the ttrpc socket at `address`.
-    pub fn new(address: &str, namespace: &str) -> (Self, Drained) {
+    pub fn new(address: &str, namespace: &str, counters: Arc<Counters>) -> (Self, Drained) {
         let (queue, events) = mpsc::unbounded_channel();
         let path = PathBuf::from(address.strip_prefix("unix://").unwrap_or(address));
-        let drained = tokio::spawn(Sender { path, client: None }.run(events));
-        (Self { queue, namespace: namespace.to_owned() }, drained)
+        let drained = tasks::spawn(Sender { path, client: None, counters: counters.clone() }.run(events));
+        (Self { queue, namespace: namespace.to_owned(), counters }, drained)
     }
 
     /// Queues an event that happened now.
@@ -57,6 +60,7 @@ impl Publisher {
             }),
             ..Default::default()
         };
+        self.counters.event_queued();
         // The receiver outlives every publisher.
         let _ = self.queue.send(envelope);
     }
@@ -65,6 +69,7 @@ impl Publisher {
 struct Sender {
     path: PathBuf,
     client: Option<EventsClient>,
+    counters: Arc<Counters>,
 }
 
 impl Sender {
@@ -78,8 +83,11 @@ impl Sender {
         let topic = envelope.topic.clone();
         let request = ForwardRequest { envelope: MessageField::some(envelope), ..Default::default() };
         for attempt in 1..=ATTEMPTS {
+            if attempt > 1 {
+                self.counters.event_retried();
+            }
             match self.forward(&request).await {
-                Ok(()) => return,
+                Ok(()) => return self.counters.event_sent(),
                 Err(error) => debug!(topic, attempt, %error, "event was not taken"),
             }
             if attempt < ATTEMPTS {
@@ -87,6 +95,7 @@ impl Sender {
                 tokio::time::sleep(BACK_OFF * attempt).await;
             }
         }
+        self.counters.event_dropped();
         warn!(topic, "event given up: containerd did not take it in {ATTEMPTS} attempts");
     }
 

@@ -12,9 +12,11 @@ pub mod events;
 pub mod guest;
 pub mod hooks;
 pub mod ids;
+pub mod kept;
 pub mod ledger;
 pub mod log;
 pub mod logger;
+pub mod metrics;
 pub mod plan;
 pub mod process;
 pub mod sandbox;
@@ -23,6 +25,7 @@ pub mod stats;
 pub mod stdio;
 pub mod storage;
 pub mod task;
+pub mod tasks;
 pub mod trace;
 
 /// Every place where a step can be made to fail: its name, what can happen there, and the ways of making a pod that

@@ -2,7 +2,8 @@
 //! Knows how such a line looks; does not know who writes it.
 //!
 //! containerd copies the fifo to its own log and may be away for a while. A line that cannot be written
-//! at once is dropped: the log must never hold up a pod (contract, L1 and L2).
+//! at once is dropped: the log must never hold up a pod (contract, L1 and L2). The last lines are kept in the
+//! sandbox's directory too ([`crate::kept`]).
 
 use std::{
     fmt,
@@ -25,29 +26,35 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-/// Sends every message of at least `level` to the fifo at `path`, and finished spans to `trace` if given.
-pub fn init(path: &Path, level: &str, trace: Option<&Path>) {
+use crate::kept::Kept;
+
+/// Sends every message of at least `level` to the fifo at `path`, and finished spans to `trace` if given. Answers
+/// where the last lines are kept, once that is told a file.
+pub fn init(path: &Path, level: &str, trace: Option<&Path>) -> Kept {
+    let kept = Kept::default();
     let level = level.parse().unwrap_or(LevelFilter::INFO);
     // Not tracing's EnvFilter: its patterns bring a second engine of regular expressions with them.
     let filter = Targets::new().with_default(level).with_target("ttrpc", LevelFilter::ERROR);
     let lines = tracing_subscriber::fmt::layer()
         .event_format(Logfmt)
-        .with_writer(Fifo::new(path.to_owned()))
+        .with_writer(Fifo::new(path.to_owned(), kept.clone()))
         .with_filter(filter);
     let spans = trace.and_then(|path| crate::trace::Layer::new(path).ok());
     // Fails only where somebody has set a subscriber before, as tests do.
     let _ = tracing_subscriber::registry().with(lines).with(spans).try_init();
+    kept
 }
 
 /// The fifo, opened when there is something to write and again after containerd went away.
 struct Fifo {
     path: PathBuf,
     file: Mutex<Option<File>>,
+    kept: Kept,
 }
 
 impl Fifo {
-    fn new(path: PathBuf) -> Self {
-        Self { path, file: Mutex::new(None) }
+    fn new(path: PathBuf, kept: Kept) -> Self {
+        Self { path, file: Mutex::new(None), kept }
     }
 
     fn open(&self) -> io::Result<File> {
@@ -66,6 +73,7 @@ struct Line<'a>(&'a Fifo);
 
 impl Write for Line<'_> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        (&self.0.kept).write_all(line)?;
         let mut file = self.0.file.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // Once more with a new descriptor: the old one may lead to a reader that has gone.
         for _ in 0..2 {
@@ -144,7 +152,7 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let path = tmp.path().join("log");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR).unwrap();
-        let fifo = Fifo::new(path.clone());
+        let fifo = Fifo::new(path.clone(), Kept::default());
         assert_eq!(fifo.make_writer().write(b"lost\n").unwrap(), 5);
         let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
         fifo.make_writer().write_all(b"first\n").unwrap();

@@ -57,7 +57,7 @@ impl Sandbox for SandboxService {
         // Other clients than CRI send other options, or none; they make a pod without wishes.
         let is_pod = |any: &Any| any.type_url.ends_with("PodSandboxConfig");
         let config = req.options.into_option().filter(is_pod).map(|any| any.value);
-        let create = CreatePod { config: config.unwrap_or_default(), netns: req.netns_path.into() };
+        let create = CreatePod { config: config.unwrap_or_default().into(), netns: req.netns_path.into() };
         self.ask(PodRequest::Create(Box::new(create))).await?;
         Ok(CreateSandboxResponse::new())
     }

@@ -33,7 +33,9 @@ use tracing::{debug, warn};
 use crate::{
     ids::{ContainerId, ProcessKey},
     logger::{Logger, LoggerContext, LoggerError},
+    metrics::counters::Counters,
     sandbox::model::{Input, Io},
+    tasks,
 };
 
 /// One read or write at most, in bytes: what a pipe holds.
@@ -107,6 +109,7 @@ struct Table {
 pub struct Hub {
     table: Arc<Mutex<Table>>,
     inputs: mpsc::UnboundedSender<Input>,
+    counters: Arc<Counters>,
 }
 
 /// The tokens of one process's streams; None where there is none.
@@ -122,8 +125,8 @@ pub struct Tokens {
 
 impl Hub {
     /// A hub that tells `inputs` when a process's output has ended.
-    pub fn new(inputs: mpsc::UnboundedSender<Input>) -> Self {
-        Self { table: Arc::default(), inputs }
+    pub fn new(inputs: mpsc::UnboundedSender<Input>, counters: Arc<Counters>) -> Self {
+        Self { table: Arc::default(), inputs, counters }
     }
 
     fn table(&self) -> std::sync::MutexGuard<'_, Table> {
@@ -232,7 +235,7 @@ impl Hub {
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    tokio::spawn(self.clone().accept(stream));
+                    tasks::spawn(self.clone().accept(stream));
                 }
                 Err(error) => {
                     warn!(%error, "stream of the guest cannot be accepted");
@@ -256,6 +259,7 @@ impl Hub {
         let Some(expected) = self.table().expected.remove(&token) else {
             return warn!("a connection of the guest brought an unknown token");
         };
+        let _open = self.counters.stream();
         match expected.end {
             End::In(source) => copy_in(source, stream).await,
             End::Out(sink, total) => {

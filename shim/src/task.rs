@@ -87,7 +87,7 @@ impl Task for TaskService {
             container: ContainerId::parse(&req.id)?,
             exec: ExecId::parse(&req.exec_id)?,
             io: io(req.terminal, &req.stdin, &req.stdout, &req.stderr),
-            process,
+            process: process.into(),
         })
         .await
     }

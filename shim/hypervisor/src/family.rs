@@ -26,14 +26,17 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// A watcher, and what feeds it.
-    pub(crate) fn new() -> (Self, LineSink) {
+    /// A watcher, and what feeds it. Each line goes on to `then`.
+    pub(crate) fn new(mut then: Option<LineSink>) -> (Self, LineSink) {
         let console = Self::default();
         let panic = console.panic.clone();
         let sink = move |line: &str| {
             if let Some(words) = panic_in(line) {
                 // The first one: others may follow from it.
                 panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(words.to_owned());
+            }
+            if let Some(then) = &mut then {
+                then(line);
             }
         };
         (console, Box::new(sink))

@@ -49,4 +49,4 @@ mod words;
 
 pub use child::Exit;
 pub use error::LaunchError;
-pub use machine::{Hypervisor, Journal, Machine, MachineEnd};
+pub use machine::{Counts, Hypervisor, Journal, Machine, MachineEnd, Meter};

@@ -1,12 +1,12 @@
 //! The two traits that every backend fulfils, and what they hand over.
 //! Knows no backend.
 
-use std::{fmt, io};
+use std::{collections::BTreeMap, fmt, io, sync::Arc};
 
 use async_trait::async_trait;
 use bulkhead_vmm_spec::{Bindings, Shape};
 
-use crate::{Exit, LaunchError};
+use crate::{Exit, LaunchError, child::LineSink};
 
 /// Remembers processes beyond the life of this one, so that a later process can end what was left.
 pub trait Journal: Send + Sync {
@@ -14,6 +14,21 @@ pub trait Journal: Send + Sync {
     /// (field 22 of `/proc/<pid>/stat`), which together name it for good. When this fails the
     /// process is ended at once.
     fn process(&self, name: &str, pid: i32, start_time_ticks: u64) -> io::Result<()>;
+
+    /// Takes each line of the guest's console from the launch on. None: nobody wants them.
+    fn console(&self) -> Option<LineSink> {
+        None
+    }
+}
+
+/// What a VMM counts: figures that only grow, by device and name.
+pub type Counts = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// Asks a running VMM for what it counts.
+#[async_trait]
+pub trait Meter: Send + Sync {
+    /// The figures now. The VMM is not trusted to answer soon, nor with names that make sense.
+    async fn read(&self) -> Result<Counts, Box<dyn std::error::Error + Send + Sync>>;
 }
 
 /// A way to run machines.
@@ -40,6 +55,11 @@ pub trait Machine: Send {
 
     /// Every process of the machine, the VMM first: name and pid. Empty once they are reaped.
     fn processes(&self) -> Vec<(String, i32)>;
+
+    /// By which the VMM is asked for what it counts. None: it counts nothing.
+    fn meter(&self) -> Option<Arc<dyn Meter>> {
+        None
+    }
 
     /// Waits for the first death of any part and says what it was; from then on answers the same at
     /// once. Other parts may still live: [`Machine::kill`] ends them. May be cancelled at any time.

@@ -48,7 +48,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("made/as/needed");
         man(super::super::Cli::command(), &target).unwrap();
-        for page in ["bulkhead.1", "bulkhead-check.1", "bulkhead-ps.1", "bulkhead-version.1"] {
+        for page in
+            ["bulkhead.1", "bulkhead-check.1", "bulkhead-collect.1", "bulkhead-logs.1", "bulkhead-metrics.1"]
+        {
             let text =
                 std::fs::read_to_string(target.join(page)).unwrap_or_else(|error| panic!("{page}: {error}"));
             assert!(text.contains(".SH NAME"), "{page}");

@@ -2,8 +2,12 @@
 //! Re-implements nothing: it reads what the shims have written down and asks the programs themselves.
 
 mod check;
+mod collect;
 mod generate;
+mod logs;
+mod metrics;
 mod output;
+mod pods;
 mod process;
 mod ps;
 mod version;
@@ -35,6 +39,12 @@ enum Command {
     Check(check::Arguments),
     /// List the pods that run on this machine
     Ps(Report),
+    /// Print the figures of the pods on this machine, for Prometheus
+    Metrics(metrics::Arguments),
+    /// Print the last lines of a pod's shim and of its guest's console
+    Logs(logs::Arguments),
+    /// Put all that a report of a fault needs into one archive
+    Collect(collect::Arguments),
     /// Print the versions of bulkhead and of what it works with
     Version(Report),
     /// Print a completion script for a shell
@@ -83,6 +93,9 @@ impl Cli {
         match self.command {
             Command::Check(arguments) => return check::run(&arguments, self.config.as_deref(), out),
             Command::Ps(report) => ps::run(report, self.config.as_deref(), out)?,
+            Command::Metrics(arguments) => metrics::run(&arguments, self.config.as_deref(), out)?,
+            Command::Logs(arguments) => logs::run(&arguments, self.config.as_deref(), out)?,
+            Command::Collect(arguments) => collect::run(&arguments, self.config.as_deref(), out)?,
             Command::Version(report) => version::run(report, self.config.as_deref(), out)?,
             Command::Completions { shell } => generate::completions(shell, Self::command(), out)?,
             Command::Man { directory } => generate::man(Self::command(), &directory)?,

@@ -1,44 +1,19 @@
 //! `bulkhead ps`: the pods of this machine, from what their shims have written into the state directory.
 
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::Context;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use super::output::{self, Format};
+use super::pods::{self, Container, Found, Status};
 use super::{Report, process};
 use crate::config::Config;
 
-/// What a shim writes into its sandbox's directory. Keys that a newer shim adds are not for us.
-#[derive(Debug, Deserialize)]
-struct State {
-    namespace: String,
-    id: String,
-    shim_pid: u32,
-    /// Absent, with the three below it, until the machine runs.
-    vmm_pid: Option<u32>,
-    backend: Option<String>,
-    memory_mib: Option<u64>,
-    vcpus: Option<u32>,
-    created_unix_nanos: u64,
-    bundle: PathBuf,
-    #[serde(default)]
-    containers: Vec<Container>,
-}
-
-/// A container of a pod.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-struct Container {
-    id: String,
-    pid: i32,
-    status: String,
-}
-
 /// A pod as `bulkhead ps` reports it.
 #[derive(Debug, Serialize)]
-struct Pod {
+pub(super) struct Pod {
     namespace: String,
     id: String,
     /// `starting` until the machine runs, `running`, or `dead` for what a killed shim has left behind.
@@ -59,8 +34,7 @@ struct Pod {
 }
 
 pub(super) fn run(report: Report, config: Option<&Path>, out: &mut dyn Write) -> anyhow::Result<()> {
-    let state_dir = Config::load(config)?.state_dir;
-    let (pods, unread) = pods(&state_dir)?;
+    let (pods, unread) = pods(&Config::load(config)?.state_dir)?;
     match report.output {
         Format::Json => output::json(out, &pods)?,
         Format::Table => table(out, &pods)?,
@@ -71,43 +45,21 @@ pub(super) fn run(report: Report, config: Option<&Path>, out: &mut dyn Write) ->
     Ok(())
 }
 
-/// The pods in order of their age, oldest first, and what is wrong with those that cannot be read.
-fn pods(state_dir: &Path) -> anyhow::Result<(Vec<Pod>, Vec<String>)> {
-    let entries = match std::fs::read_dir(state_dir) {
-        // No pod has ever run here.
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
-        other => other.with_context(|| format!("cannot read the state directory {}", state_dir.display()))?,
-    };
+/// The pods, oldest first, with the memory that they use, and what is wrong with those that cannot be read.
+pub(super) fn pods(state_dir: &Path) -> anyhow::Result<(Vec<Pod>, Vec<String>)> {
+    let (found, unread) = pods::find(state_dir)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
-    let (mut pods, mut unread) = (Vec::new(), Vec::new());
-    for entry in entries.flatten() {
-        let file = entry.path().join("state.json");
-        match std::fs::read(&file) {
-            Ok(text) => match serde_json::from_slice(&text) {
-                Ok(state) => pods.push(pod(state, entry.path(), now)),
-                Err(error) => unread.push(format!("{} is not a state: {error}", file.display())),
-            },
-            // A pod that is being made or taken apart, or a file that is not a pod's.
-            Err(error) if [ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&error.kind()) => {}
-            Err(error) => unread.push(format!("cannot read {}: {error}", file.display())),
-        }
-    }
-    pods.sort_by(|a, b| (a.created_unix_nanos, &a.id).cmp(&(b.created_unix_nanos, &b.id)));
-    Ok((pods, unread))
+    Ok((found.into_iter().map(|found| pod(found, now)).collect(), unread))
 }
 
-fn pod(state: State, state_dir: PathBuf, now: u64) -> Pod {
-    // A pid alone may belong to another process by now. The kernel cuts names at 15 bytes.
-    let alive = process::name(state.shim_pid).is_some_and(|name| name.starts_with("containerd-shim"));
-    let family = if alive { process::family(state.shim_pid) } else { Vec::new() };
+fn pod(found: Found, now: u64) -> Pod {
+    let status = found.status();
+    let Found { state, dir, .. } = found;
+    let family = if status == Status::Dead { Vec::new() } else { process::family(state.shim_pid) };
     Pod {
         namespace: state.namespace,
         id: state.id,
-        status: match (alive, state.vmm_pid) {
-            (false, _) => "dead",
-            (true, None) => "starting",
-            (true, Some(_)) => "running",
-        },
+        status: status.as_str(),
         backend: state.backend,
         vcpus: state.vcpus,
         memory_mib: state.memory_mib,
@@ -117,7 +69,7 @@ fn pod(state: State, state_dir: PathBuf, now: u64) -> Pod {
         created_unix_nanos: state.created_unix_nanos,
         age_seconds: now.saturating_sub(state.created_unix_nanos) / 1_000_000_000,
         bundle: state.bundle,
-        state_dir,
+        state_dir: dir,
         containers: state.containers,
     }
 }

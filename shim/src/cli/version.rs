@@ -10,7 +10,7 @@ use super::{Report, check};
 use crate::config::Config;
 
 #[derive(Debug, Serialize)]
-struct Versions {
+pub(super) struct Versions {
     bulkhead: &'static str,
     /// Between shim and agent.
     protocol: u32,
@@ -22,11 +22,11 @@ struct Versions {
     host_kernel: String,
 }
 
-pub(super) fn run(report: Report, config: Option<&Path>, out: &mut dyn Write) -> anyhow::Result<()> {
-    let config = Config::load(config)?;
+/// What is installed, as the configuration names it.
+pub(super) fn versions(config: &Config) -> Versions {
     let program =
         |path: Result<_, _>| path.ok().and_then(|path: std::path::PathBuf| check::version_of(&path).ok());
-    let versions = Versions {
+    Versions {
         bulkhead: env!("CARGO_PKG_VERSION"),
         protocol: bulkhead_proto::PROTOCOL_VERSION,
         guest_kernel: config.resolve_kernel().ok().and_then(|path| check::kernel_release(&path)),
@@ -34,7 +34,11 @@ pub(super) fn run(report: Report, config: Option<&Path>, out: &mut dyn Write) ->
         qemu: program(config.resolve_qemu()),
         virtiofsd: program(config.resolve_virtiofsd()),
         host_kernel: check::host_kernel(),
-    };
+    }
+}
+
+pub(super) fn run(report: Report, config: Option<&Path>, out: &mut dyn Write) -> anyhow::Result<()> {
+    let versions = versions(&Config::load(config)?);
     if report.output == Format::Json {
         return output::json(out, &versions);
     }

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use error::{ConfigError, Place};
 pub use files::GuestFiles;
 pub use overlay::ANNOTATION_PREFIX;
+pub(crate) use schema::nearest;
 pub use schema::{KEYS, Key, Kind};
 
 /// Environment variable that names the configuration file.
@@ -212,6 +213,14 @@ impl Source {
             Some(path) if !path.is_empty() => Self::Environment(path.into()),
             _ if Path::new(DEFAULT_PATH).exists() => Self::Default(DEFAULT_PATH.into()),
             _ => Self::BuiltIn,
+        }
+    }
+
+    /// The file, where it is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Explicit(path) | Self::Environment(path) | Self::Default(path) => Some(path),
+            Self::BuiltIn => None,
         }
     }
 

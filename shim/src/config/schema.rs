@@ -119,7 +119,7 @@ fn sections() -> impl Iterator<Item = &'static str> {
 }
 
 /// The candidate with the fewest edits to `name`, if it is near enough to be a slip of the hand.
-pub(super) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let (distance, best) = candidates.map(|other| (edits(name, other), other)).min_by_key(|(d, _)| *d)?;
     (distance <= name.chars().count().div_ceil(4).max(2)).then_some(best)
 }

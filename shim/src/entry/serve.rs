@@ -28,6 +28,8 @@ use crate::{
     config::Config,
     error::{Fault, chain},
     events::Publisher,
+    kept::{Kept, SHIM_LOG},
+    metrics::counters::Counters,
     sandbox::{
         driver::{Driver, Handle},
         host::{Host, Identity},
@@ -35,7 +37,7 @@ use crate::{
     },
     sandbox_api::SandboxService,
     task::TaskService,
-    trace,
+    tasks, trace,
 };
 
 /// Where `start` puts the listening socket.
@@ -76,7 +78,7 @@ fn serve_told(flags: &Flags, start: &mut Option<PipeWriter>) -> Result<(), Strin
     let loaded = Config::load(None);
     let config = loaded.as_ref().map_or_else(|_| Config::default(), Clone::clone);
     let level = if flags.debug { "debug" } else { config.log_level.as_str() };
-    crate::log::init(Path::new("log"), level, config.trace_file.as_deref());
+    let kept = crate::log::init(Path::new("log"), level, config.trace_file.as_deref());
     become_subreaper();
     // One thread: children die with the thread that made them (PR_SET_PDEATHSIG), and this is the one that
     // lives as long as the process.
@@ -84,7 +86,7 @@ fn serve_told(flags: &Flags, start: &mut Option<PipeWriter>) -> Result<(), Strin
         .enable_all()
         .build()
         .map_err(|e| format!("start the runtime: {e}"))?;
-    let result = runtime.block_on(run(flags, loaded.map_err(|e| chain(&e)), config, start));
+    let result = runtime.block_on(run(flags, loaded.map_err(|e| chain(&e)), config, &kept, start));
     if let Err(reason) = &result {
         error!("{reason}");
     }
@@ -98,13 +100,15 @@ async fn run(
     flags: &Flags,
     loaded: Result<Config, String>,
     config: Config,
+    kept: &Kept,
     start: &mut Option<PipeWriter>,
 ) -> Result<(), String> {
     let listener = take_listener().map_err(|e| format!("take over the socket: {e}"))?;
     let address = std::env::var("TTRPC_ADDRESS").map_err(|_| "TTRPC_ADDRESS is not set".to_owned())?;
-    let (publisher, drained) = Publisher::new(&address, &flags.namespace);
+    let counters = Arc::new(Counters::default());
+    let (publisher, drained) = Publisher::new(&address, &flags.namespace, counters.clone());
     let bundle = std::env::current_dir().map_err(|e| format!("find the bundle: {e}"))?;
-    tokio::spawn(abandoned::take_back_when_abandoned(flags, &bundle));
+    tasks::spawn(abandoned::take_back_when_abandoned(flags, &bundle));
     let identity = Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle };
     let (own, inputs) = mpsc::unbounded_channel();
     if let Some(path) = &config.trace_file
@@ -112,10 +116,16 @@ async fn run(
     {
         trace::append(path, "start", SystemTime::UNIX_EPOCH + Duration::from_nanos(began), SystemTime::now());
     }
-    let host = Host::new(identity, config, loaded.err(), own.clone()).map_err(|e: Fault| e.to_string())?;
+    let host =
+        Host::new(identity, config, loaded.err(), own.clone(), counters).map_err(|e: Fault| e.to_string())?;
+    let log = host.dir().join(SHIM_LOG);
+    if let Err(error) = kept.begin(&log) {
+        warn!(%error, "this log is not kept in {}", log.display());
+    }
     let options = bootstrap::options_from_env(std::env::var(OPTIONS_ENV).ok())?;
-    let host = host.with_options(options);
-    let (driver, handle) = Driver::new(Arc::new(host), publisher, inputs, own);
+    let host = Arc::new(host.with_options(options));
+    host.tell_figures();
+    let (driver, handle) = Driver::new(host, publisher, inputs, own);
 
     let mut services = create_task(Arc::new(TaskService::new(handle.clone())));
     let v2 = create_task(Arc::new(TaskService::new(handle.clone()))).remove(SERVICE_V3);
@@ -130,7 +140,7 @@ async fn run(
         let _ = start.write_all(READY);
     }
 
-    tokio::spawn(end_on_signal(handle));
+    tasks::spawn(end_on_signal(handle));
     driver.run().await;
     kill_point!(TeardownDone);
     // At once: what is left to do is to tell containerd, and whoever ends this process meanwhile would leave

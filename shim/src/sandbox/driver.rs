@@ -5,7 +5,7 @@
 use std::{
     collections::HashMap,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use serde::Serialize;
@@ -20,20 +20,31 @@ use super::{
 use crate::{
     error::{Fault, Kind},
     events::Publisher,
+    metrics::counters::Counters,
     task::announce,
+    tasks,
 };
 
 type Answer = oneshot::Sender<Result<Reply, Fault>>;
 
 /// Asks the sandbox.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Handle {
     requests: mpsc::UnboundedSender<(Request, Answer)>,
+    counters: Arc<Counters>,
 }
 
 impl Handle {
     /// Asks and waits for the answer.
     pub async fn ask(&self, request: Request) -> Result<Reply, Fault> {
+        let (name, began) = (request.name(), (!request.waits()).then(Instant::now));
+        let answer = self.ask_driver(request).await;
+        let result = answer.as_ref().map_or_else(|fault| fault.kind.as_str(), |_| "ok");
+        self.counters.answered(name, result, began.map(|began| began.elapsed()));
+        answer
+    }
+
+    async fn ask_driver(&self, request: Request) -> Result<Reply, Fault> {
         let gone = || Fault::new(Kind::Unavailable, "the shim is ending");
         let (answer, reply) = oneshot::channel();
         self.requests.send((request, answer)).map_err(|_| gone())?;
@@ -66,6 +77,7 @@ impl Driver {
         own: mpsc::UnboundedSender<Input>,
     ) -> (Self, Handle) {
         let (send, requests) = mpsc::unbounded_channel();
+        let counters = host.counters().clone();
         let driver = Self {
             sandbox: Sandbox::new(),
             host,
@@ -79,7 +91,7 @@ impl Driver {
             taken_back: false,
             created: SystemTime::now(),
         };
-        (driver, Handle { requests: send })
+        (driver, Handle { requests: send, counters })
     }
 
     /// Runs until the sandbox has been shut down.
@@ -118,7 +130,7 @@ impl Driver {
             Effect::Start(job) => {
                 self.taken_back |= matches!(job, Job::Teardown);
                 let (host, own) = (self.host.clone(), self.own.clone());
-                tokio::spawn(async move {
+                tasks::spawn(async move {
                     let done = host.run(job).await;
                     let _ = own.send(Input::Done(done));
                 });
@@ -131,7 +143,7 @@ impl Driver {
             }
             Effect::Arm(deadline) => {
                 let own = self.own.clone();
-                tokio::spawn(async move {
+                tasks::spawn(async move {
                     tokio::time::sleep(deadline.after()).await;
                     let _ = own.send(Input::Expired(deadline));
                 });

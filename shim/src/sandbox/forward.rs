@@ -8,7 +8,7 @@ use nix::sys::socket::{setsockopt, sockopt::Linger};
 use tokio::net::{TcpListener, TcpStream};
 use tracing::{debug, warn};
 
-use crate::{guest::Agent, stdio::Hub};
+use crate::{guest::Agent, stdio::Hub, tasks};
 
 /// Serves until the process ends: nobody outside of the pod's namespace can tell that it does.
 pub(super) async fn serve(forwarder: Forwarder, agent: Agent, hub: Hub) {
@@ -27,7 +27,7 @@ async fn accept(listener: TcpListener, agent: &Agent, hub: &Hub) {
     loop {
         match listener.accept().await {
             Ok((peer, _)) => {
-                tokio::spawn(connect(peer, agent.clone(), hub.clone()));
+                tasks::spawn(connect(peer, agent.clone(), hub.clone()));
             }
             Err(error) => return warn!(%error, "ports of the pod are not forwarded any more"),
         }

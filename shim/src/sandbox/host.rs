@@ -3,6 +3,7 @@
 
 mod backend;
 mod containers;
+mod figures;
 mod launch;
 mod wanted;
 
@@ -14,11 +15,11 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_hypervisor::Journal;
+use bulkhead_hypervisor::{Journal, child::LineSink};
 use tokio::sync::mpsc;
 use tracing::{Instrument, error, info_span, warn};
 
-use self::{containers::Prepared, wanted::Wanted};
+use self::{containers::Prepared, figures::Scrapes, wanted::Wanted};
 use super::{machine::Running, model::*, network::PodNetwork, stand_in::StandIn};
 use crate::{
     cgroup,
@@ -26,10 +27,13 @@ use crate::{
     error::{Fault, Kind, chain},
     guest::Agent,
     ids::{ContainerId, ProcessKey},
+    kept::{CAPACITY, CONSOLE_LOG, Ring},
     ledger::{Entry, Ledger},
+    metrics::{SOCKET, counters::Counters, http},
     process,
     stdio::Hub,
     storage::Disks,
+    tasks,
 };
 
 /// A file in the sandbox's directory: the pod was deleted in order, and the shim ends with its last container.
@@ -91,12 +95,15 @@ pub struct Host {
     disks: Mutex<Disks>,
     network: Mutex<Option<Arc<PodNetwork>>>,
     stand_ins: Mutex<HashMap<ContainerId, StandIn>>,
+    counters: Arc<Counters>,
+    scrapes: Scrapes,
 }
 
 /// Records processes in the ledger and counts them to the sandbox.
 struct Accounts<'a> {
     ledger: &'a Mutex<Option<Ledger>>,
     cgroup: Option<&'a str>,
+    dir: &'a Path,
 }
 
 impl Journal for Accounts<'_> {
@@ -111,6 +118,15 @@ impl Journal for Accounts<'_> {
             warn!(name, pid, "not counted to the sandbox: {}", chain(&error));
         }
         Ok(())
+    }
+
+    /// The last lines are kept, for `bulkhead logs`; a pod whose console cannot be kept runs all the same.
+    fn console(&self) -> Option<LineSink> {
+        let path = self.dir.join(CONSOLE_LOG);
+        let mut ring = Ring::create(&path, CAPACITY)
+            .inspect_err(|error| warn!(%error, "the guest's console is not kept in {}", path.display()))
+            .ok()?;
+        Some(Box::new(move |line| drop(ring.append(format!("{line}\n").as_bytes()))))
     }
 }
 
@@ -140,6 +156,7 @@ impl Host {
         config: Config,
         config_error: Option<String>,
         inputs: mpsc::UnboundedSender<Input>,
+        counters: Arc<Counters>,
     ) -> Result<Self, Fault> {
         let dir = sandbox_dir(&config.state_dir, &identity.namespace, &identity.id);
         let fault = |e: io::Error| Fault::internal(&format!("create {}", dir.display()), &e);
@@ -158,7 +175,7 @@ impl Host {
         let shim = Entry::Process { name: "shim".into(), pid, start_time, container: None };
         ledger.record(shim).map_err(|e| Fault::of(Kind::Internal, &e))?;
         fail_point!(SandboxLedger);
-        let hub = Hub::new(inputs.clone());
+        let hub = Hub::new(inputs.clone(), counters.clone());
         Ok(Self {
             identity,
             config,
@@ -175,6 +192,8 @@ impl Host {
             disks: Mutex::default(),
             network: Mutex::default(),
             stand_ins: Mutex::default(),
+            counters,
+            scrapes: Scrapes::default(),
         })
     }
 
@@ -187,6 +206,25 @@ impl Host {
     /// The sandbox's directory.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// What is counted of this shim.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Tells the pod's figures at a socket in its directory from now on. A pod without them is a pod.
+    pub fn tell_figures(self: &Arc<Self>) {
+        let path = self.dir.join(SOCKET);
+        let listener = record(&self.ledger, Entry::File { path: path.clone() })
+            .and_then(|()| http::listen(&path).map_err(|e| Fault::internal("listen", &e)));
+        match listener {
+            Ok(listener) => {
+                let host = self.clone();
+                tasks::spawn(http::serve(listener, Box::new(move || Box::pin(host.clone().page()))));
+            }
+            Err(fault) => warn!("metrics are not told at {}: {fault}", path.display()),
+        }
     }
 
     /// Which sandbox this is.

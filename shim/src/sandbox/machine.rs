@@ -1,9 +1,12 @@
 //! Owns the running machine: watches for its end, ends it when told, and says how it was.
 //! Does not know what runs inside.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use bulkhead_hypervisor::{Exit, Machine, MachineEnd as Ended};
+use bulkhead_hypervisor::{Exit, Machine, MachineEnd as Ended, Meter};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -11,7 +14,7 @@ use tokio::{
 use tracing::{error, info};
 
 use super::model::{Input, MachineEnd};
-use crate::cgroup;
+use crate::{cgroup, tasks};
 
 /// Exit status of processes whose machine was killed: 128 + SIGKILL.
 const STATUS_KILLED: u32 = 137;
@@ -21,9 +24,10 @@ const STATUS_LOST: u32 = 255;
 const KILL: Duration = Duration::from_secs(5);
 
 /// The machine of a sandbox, while it lives and after.
-#[derive(Debug)]
 pub(super) struct Running {
     pid: i32,
+    processes: Vec<(String, i32)>,
+    meter: Option<Arc<dyn Meter>>,
     ended: watch::Receiver<Option<MachineEnd>>,
     kill: mpsc::UnboundedSender<String>,
     task: JoinHandle<()>,
@@ -36,16 +40,31 @@ impl Running {
         cgroup: Option<String>,
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Self {
-        let pid = machine.pid();
+        let (pid, processes, meter) = (machine.pid(), machine.processes(), machine.meter());
         let (tell, ended) = watch::channel(None);
         let (kill, wishes) = mpsc::unbounded_channel();
-        let task = tokio::spawn(run(machine, cgroup, wishes, tell, inputs));
-        Self { pid, ended, kill, task }
+        let task = tasks::spawn(run(machine, cgroup, wishes, tell, inputs));
+        Self { pid, processes, meter, ended, kill, task }
     }
 
     /// The VMM's process on the host.
     pub(super) fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// Whether it runs.
+    pub(super) fn lives(&self) -> bool {
+        self.ended.borrow().is_none()
+    }
+
+    /// What it was started as: names and pids.
+    pub(super) fn processes(&self) -> &[(String, i32)] {
+        &self.processes
+    }
+
+    /// By which its VMM is asked for what it counts, if it counts.
+    pub(super) fn meter(&self) -> Option<Arc<dyn Meter>> {
+        self.meter.clone()
     }
 
     /// Tells how the machine ended, once it has.

@@ -1,7 +1,10 @@
 //! What goes into and comes out of the state machine: requests, results, effects.
 //! Plain data; knows neither ttrpc nor how an effect is carried out.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use crate::{
     error::Fault,
@@ -14,7 +17,7 @@ use crate::{
 pub struct Ticket(pub u64);
 
 /// Where a process's streams go on the host: paths of fifos or URIs, empty = none.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Io {
     /// Has a terminal; then there is no stderr of its own.
     pub terminal: bool,
@@ -24,6 +27,19 @@ pub struct Io {
     pub stdout: String,
     /// Fifo or URI to write to.
     pub stderr: String,
+}
+
+/// Without the arguments of logging programs: they may be secret, and this is for logs.
+impl fmt::Debug for Io {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = |uri: &str| uri.split_once('?').map_or(uri.to_owned(), |(place, _)| format!("{place}?…"));
+        f.debug_struct("Io")
+            .field("terminal", &self.terminal)
+            .field("stdin", &place(&self.stdin))
+            .field("stdout", &place(&self.stdout))
+            .field("stderr", &place(&self.stderr))
+            .finish()
+    }
 }
 
 /// A mount of the container's root as containerd describes it.
@@ -54,11 +70,28 @@ pub struct CreateRequest {
     pub options: Option<(String, Vec<u8>)>,
 }
 
+/// Bytes that are handed on as they are. What they say is not for a log: the environment of a process may be
+/// among them.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Opaque(pub Vec<u8>);
+
+impl fmt::Debug for Opaque {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "<{} bytes>", self.0.len())
+    }
+}
+
+impl From<Vec<u8>> for Opaque {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+}
+
 /// What CreateSandbox asks for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CreatePod {
     /// CRI's `PodSandboxConfig`, as protobuf; empty if there is none.
-    pub config: Vec<u8>,
+    pub config: Opaque,
     /// The pod's network namespace on the host; empty if it has none.
     pub netns: std::path::PathBuf,
 }
@@ -103,7 +136,7 @@ pub enum Request {
         /// Streams.
         io: Io,
         /// OCI `Process`, JSON.
-        process: Vec<u8>,
+        process: Opaque,
     },
     /// Phase and figures of a process.
     State(ProcessKey),
@@ -150,6 +183,44 @@ pub enum Request {
     Delete(ProcessKey),
     /// Ends the sandbox if no container is left.
     Shutdown,
+}
+
+impl Request {
+    /// What containerd calls it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Request::Pod(request) => match request {
+                PodRequest::Create(_) => "CreateSandbox",
+                PodRequest::Start => "StartSandbox",
+                PodRequest::Stop { .. } => "StopSandbox",
+                PodRequest::Wait => "WaitSandbox",
+                PodRequest::Status => "SandboxStatus",
+                PodRequest::Stats => "SandboxMetrics",
+                PodRequest::Shutdown => "ShutdownSandbox",
+            },
+            Request::Create(_) => "Create",
+            Request::Start(_) => "Start",
+            Request::Exec { .. } => "Exec",
+            Request::State(_) => "State",
+            Request::Pids(_) => "Pids",
+            Request::Pause(_) => "Pause",
+            Request::Resume(_) => "Resume",
+            Request::Kill { .. } => "Kill",
+            Request::ResizePty { .. } => "ResizePty",
+            Request::CloseIo(_) => "CloseIO",
+            Request::Update { .. } => "Update",
+            Request::Wait(_) => "Wait",
+            Request::Stats(_) => "Stats",
+            Request::Connect(_) => "Connect",
+            Request::Delete(_) => "Delete",
+            Request::Shutdown => "Shutdown",
+        }
+    }
+
+    /// Is answered when something ends, however long that takes.
+    pub fn waits(&self) -> bool {
+        matches!(self, Request::Wait(_) | Request::Pod(PodRequest::Wait))
+    }
 }
 
 /// How and when a process ended.
@@ -245,7 +316,7 @@ pub enum Job {
         /// Streams.
         io: Io,
         /// OCI `Process`, JSON.
-        process: Vec<u8>,
+        process: Opaque,
         /// Size of the terminal, if one was asked for already.
         size: Option<(u32, u32)>,
     },
@@ -429,4 +500,19 @@ pub enum Effect {
     KillMachine(String),
     /// The process may end.
     Quit,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_for_a_log_is_told_by_its_size_or_place() {
+        let process = Opaque(b"TOKEN=hush".to_vec());
+        let io = Io { stdout: "binary:///bin/logger?--token=hush".into(), ..Io::default() };
+        let text = format!("{process:?} {io:?} {process:#?} {io:#?}");
+        assert!(text.starts_with("<10 bytes> Io { terminal: false"), "{text}");
+        assert!(text.contains("binary:///bin/logger?…"), "{text}");
+        assert!(!text.contains("hush") && !text.contains("104"), "{text}");
+    }
 }

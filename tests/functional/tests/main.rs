@@ -9,6 +9,7 @@ mod events;
 mod io;
 mod limits;
 mod network;
+mod observe;
 mod run;
 mod security;
 mod task;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         events::TESTS,
         badinput::TESTS,
         ends::TESTS,
+        observe::TESTS,
     ]
     .concat();
     harness::run_suite("functional", &tests)

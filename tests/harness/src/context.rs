@@ -104,6 +104,13 @@ impl<'a> Context<'a> {
         self.node.ctr()
     }
 
+    /// A `bulkhead` command about this node's pods.
+    pub fn bulkhead(&self, args: &[&str]) -> Result<Run> {
+        let program = self.settings().program("bulkhead")?;
+        let run = Run::new(program).env("BULKHEAD_CONFIG", self.node.bulkhead_config());
+        Ok(run.env("CONTAINERD_ADDRESS", self.node.address()).args(args))
+    }
+
     /// A `crictl` command.
     pub fn crictl(&self) -> Result<Run> {
         self.node.crictl()

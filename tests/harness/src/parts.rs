@@ -2,13 +2,13 @@
 //! backend's names. Knows the words of `bulkhead ps`, the ledger, and the keys of the configuration.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::command::{Run, signal_process, wait_for_exit};
+use crate::command::{signal_process, wait_for_exit};
 use crate::context::Context;
 
 /// Keys of `[hypervisor]` that name a program, and what each is when the configuration does not say it.
@@ -33,16 +33,26 @@ pub struct Part {
 }
 
 impl Context<'_> {
+    /// The pods that run, as the runtime lists them.
+    fn pods(&self) -> Result<Vec<Value>> {
+        let ps = self.bulkhead(&["ps", "--output", "json"])?.output()?.ok()?;
+        serde_json::from_slice(&ps.stdout).with_context(|| format!("parse the list of pods\n{ps}"))
+    }
+
+    /// Where the shim of the pod `id` keeps what belongs to it.
+    pub fn pod_dir(&self, id: &str) -> Result<PathBuf> {
+        let pods = self.pods()?;
+        let pod = pods.iter().find(|pod| pod["id"] == id);
+        state_dir(pod.with_context(|| format!("no pod is {id}: {pods:#?}"))?)
+    }
+
     /// The parts of the machine of the one pod that runs: the VMM first, then its helpers.
     pub fn parts(&mut self) -> Result<Vec<Part>> {
         let config = self.node().bulkhead_config();
-        let ps = Run::new(self.settings().program("bulkhead")?).args(["ps", "--output", "json"]);
-        let ps = ps.env("BULKHEAD_CONFIG", &config).output()?.ok()?;
-        let pods: Vec<Value> = serde_json::from_slice(&ps.stdout).context("parse the list of pods")?;
-        let [pod] = pods.as_slice() else { bail!("one pod should run\n{ps}") };
+        let pods = self.pods()?;
+        let [pod] = pods.as_slice() else { bail!("one pod should run: {pods:#?}") };
         let (shim, vmm) = (number(pod, "shim_pid")?, number(pod, "vmm_pid")?);
-        let dir = pod["state_dir"].as_str().with_context(|| format!("the pod has no state_dir\n{ps}"))?;
-        let ledger = fs::read_to_string(Path::new(dir).join("ledger")).context("read the pod's ledger")?;
+        let ledger = fs::read_to_string(state_dir(pod)?.join("ledger")).context("read the pod's ledger")?;
         let running = self.processes();
         let mut parts = Vec::new();
         for line in ledger.lines() {
@@ -68,6 +78,10 @@ impl Context<'_> {
         let same = |pid| self.processes().iter().any(|p| p.pid == pid && p.name == part.program);
         wait_for_exit(&signal_process(part.pid, Signal::KILL, same)?, std::time::Duration::from_secs(10))
     }
+}
+
+fn state_dir(pod: &Value) -> Result<PathBuf> {
+    pod["state_dir"].as_str().map(PathBuf::from).with_context(|| format!("the pod has no state_dir: {pod}"))
 }
 
 fn number(value: &Value, key: &str) -> Result<u32> {

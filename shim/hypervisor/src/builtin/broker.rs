@@ -13,10 +13,12 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use bulkhead_vmm_spec::wire::{Answer, Command, Ended, Event, Message, Request, Slot};
 use tokio::{net::UnixStream, sync::oneshot};
 
 use super::channel::Channel;
+use crate::{Counts, Meter};
 
 /// How long a command may take; it is microseconds, but for what waits for a disk.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
@@ -136,6 +138,16 @@ impl Broker {
         let request = Request { id, command: Command::Dialed { dial, stream: slot } };
         let fds: Vec<_> = stream.iter().map(AsFd::as_fd).collect();
         self.channel.send(&request, &fds).await
+    }
+}
+
+#[async_trait]
+impl Meter for Broker {
+    async fn read(&self) -> Result<Counts, Box<dyn std::error::Error + Send + Sync>> {
+        match self.command(Command::Metrics, &[]).await? {
+            Answer::Metrics(counts) => Ok(counts),
+            other => Err(format!("the machine answers {other:?} when asked for its counters").into()),
+        }
     }
 }
 

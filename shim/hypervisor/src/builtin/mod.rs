@@ -38,7 +38,7 @@ use tokio::task::JoinHandle;
 pub use self::broker::CommandError;
 use self::{broker::Broker, channel::Channel};
 use crate::{
-    Hypervisor, Journal, LaunchError, Machine, MachineEnd,
+    Hypervisor, Journal, LaunchError, Machine, MachineEnd, Meter,
     child::{Child, ChildSpec, Network},
     family::{Console, Family},
     helper::{HELPER_DEADLINE, ended, late, record, spawn},
@@ -155,7 +155,7 @@ impl Builtin {
         let identity = Identity { uid: id, gid: id, in_pod_network: bindings.netns.is_some() };
         let boot = Boot { shape: shape.clone(), slots, identity };
 
-        let (console, stdout) = Console::new();
+        let (console, stdout) = Console::new(journal.console());
         let (mut vmm, channel) = self.start(stdout, network::of_vmm(bindings)?)?;
         record(&vmm, journal)?;
         self.boot(&mut vmm, &channel, &boot, &parcel).await?;
@@ -264,6 +264,10 @@ impl Machine for BuiltinMachine {
 
     fn processes(&self) -> Vec<(String, i32)> {
         self.family.processes()
+    }
+
+    fn meter(&self) -> Option<Arc<dyn Meter>> {
+        Some(self.broker.clone())
     }
 
     async fn ended(&mut self) -> MachineEnd {

@@ -179,7 +179,7 @@ impl Hypervisor for Qemu {
             block_drivers: &block_drivers,
             taps: taps.iter().map(AsRawFd::as_raw_fd).collect(),
         };
-        let (console, stdout) = Console::new();
+        let (console, stdout) = Console::new(journal.console());
         let mut spec = ChildSpec::new(QEMU, &self.config.qemu);
         spec.args = args::qemu(shape, bindings, &wiring);
         spec.stdout = stdout;

@@ -24,6 +24,13 @@ pub(super) use parts::{kernel_release, version_of};
 pub(super) struct Arguments {
     #[command(flatten)]
     report: Report,
+    #[command(flatten)]
+    containerd: Containerd,
+}
+
+/// Which containerd is meant.
+#[derive(Debug, Args)]
+pub(super) struct Containerd {
     /// Socket of the containerd to look at
     #[arg(
         short,
@@ -95,9 +102,18 @@ impl Fact {
 }
 
 #[derive(Serialize)]
-struct Answer<'a> {
+pub(super) struct Answer {
     status: Status,
-    facts: &'a [Fact],
+    facts: Vec<Fact>,
+}
+
+impl Containerd {
+    /// All facts, and the worst verdict among them.
+    pub(super) fn answer(&self, source: &Source) -> Answer {
+        let facts = facts(source, &self.address);
+        let status = facts.iter().map(|fact| fact.status).max().unwrap_or(Status::Ok);
+        Answer { status, facts }
+    }
 }
 
 pub(super) fn run(
@@ -105,18 +121,16 @@ pub(super) fn run(
     config: Option<&Path>,
     out: &mut dyn Write,
 ) -> anyhow::Result<ExitCode> {
-    let facts = facts(config, &arguments.address);
-    let worst = facts.iter().map(|fact| fact.status).max().unwrap_or(Status::Ok);
+    let answer = arguments.containerd.answer(&Source::find(config));
     match arguments.report.output {
-        Format::Json => output::json(out, &Answer { status: worst, facts: &facts })?,
-        Format::Table => table(out, &facts)?,
+        Format::Json => output::json(out, &answer)?,
+        Format::Table => table(out, &answer.facts)?,
     }
-    Ok(if worst == Status::Failure { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if answer.status == Status::Failure { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn facts(config: Option<&Path>, address: &Path) -> Vec<Fact> {
-    let source = Source::find(config);
-    let (fact, config) = configuration(&source);
+fn facts(source: &Source, address: &Path) -> Vec<Fact> {
+    let (fact, config) = configuration(source);
     let acceleration = probe::acceleration();
     let mut facts = vec![fact, host::privileges(), host::processor(), host::kvm(&acceleration)];
     facts.push(host::backend(config.hypervisor.backend, &acceleration));
@@ -218,7 +232,7 @@ mod tests {
 
     #[test]
     fn every_fact_has_its_own_name() {
-        let facts = facts(None, Path::new("/nonexistent/containerd.sock"));
+        let facts = facts(&Source::BuiltIn, Path::new("/nonexistent/containerd.sock"));
         let names: std::collections::BTreeSet<_> = facts.iter().map(|fact| fact.name).collect();
         assert_eq!(names.len(), facts.len());
         assert!(names.is_superset(&["kvm", "qemu", "containerd", "cgroups", "state-directory"].into()));

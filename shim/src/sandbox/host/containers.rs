@@ -45,6 +45,13 @@ pub(super) struct Prepared {
     io: Io,
 }
 
+impl Prepared {
+    /// What it is to its pod.
+    pub(super) fn role(&self) -> Role {
+        self.plan.role
+    }
+}
+
 impl Host {
     pub(super) async fn prepare(&self, request: CreateRequest) -> Result<Role, Fault> {
         let spec = load_spec(&request.bundle)?;
@@ -236,7 +243,7 @@ impl Host {
         &self,
         key: &ProcessKey,
         io: &Io,
-        process: Vec<u8>,
+        process: Opaque,
         size: Option<(u32, u32)>,
     ) -> Result<(), Fault> {
         if self.stands_for_pod(&key.container) {
@@ -244,7 +251,7 @@ impl Host {
         }
         let agent = self.agent()?;
         let tokens = self.open_streams(key, io).await?;
-        let started = fail_point!(ExecStreams, agent.exec(key, process, io, tokens, size).await);
+        let started = fail_point!(ExecStreams, agent.exec(key, process.0, io, tokens, size).await);
         if started.is_err() {
             self.hub.forget(key);
         }

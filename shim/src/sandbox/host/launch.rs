@@ -3,7 +3,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bulkhead_proto::{
@@ -29,7 +29,7 @@ use crate::{
     ids::{ContainerId, ProcessKey},
     stdio::Hub,
     storage::Disks,
-    trace,
+    tasks, trace,
 };
 
 /// How long a machine may outlive its agent: a panic takes a moment to be told.
@@ -61,7 +61,7 @@ impl Host {
         let control = guest::listen(&vsock, CONTROL_PORT).map_err(|e| Fault::of(Kind::Internal, &e))?;
         fail_point!(AcquireListen);
         let streams = guest::listen(&vsock, STREAM_PORT).map_err(|e| Fault::of(Kind::Internal, &e))?;
-        tokio::spawn(self.hub.clone().serve(streams));
+        tasks::spawn(self.hub.clone().serve(streams));
         drop(acquire);
         let (path, spare) = (wanted.netns.clone(), wanted.config.network.spare_cards);
         let network =
@@ -98,10 +98,12 @@ impl Host {
         let disks = Disks::find(wanted.disks.clone()).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
         disks.equip(&mut shape, &mut bindings);
         *lock(&self.disks) = disks;
-        let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref() };
+        let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref(), dir: &self.dir };
+        let began = Instant::now();
         let launch = hypervisor.launch(&shape, &bindings, &accounts).instrument(info_span!("launch"));
         let machine = launch.await.map_err(|e| Fault::of(Kind::FailedPrecondition, &e))?;
         fail_point!(LaunchDone);
+        self.counters.stage("launch", began.elapsed());
         let running = Running::watch(machine, cgroup.clone(), self.inputs.clone());
         let facts = MachineFacts {
             vmm_pid: running.pid(),
@@ -142,11 +144,11 @@ impl Host {
         // The taps are there by now. Meanwhile the guest boots.
         let joined = tokio::spawn(self.joined());
         let joined = async { joined.await.unwrap_or_else(|e| Err(Fault::internal("join the links", &e))) };
-        let (agent, hello) = Agent::accept(control, timeout)
-            .instrument(info_span!("hello"))
-            .await
-            .map_err(|e| Fault::of(Kind::Unavailable, &e))?;
+        let began = Instant::now();
+        let hello = Agent::accept(control, timeout).instrument(info_span!("hello"));
+        let (agent, hello) = hello.await.map_err(|e| Fault::of(Kind::Unavailable, &e))?;
         fail_point!(HelloSaid);
+        self.counters.stage("hello", began.elapsed());
         if let Some(path) = &config.trace_file {
             let now = SystemTime::now();
             trace::append(path, "kernel", now - Duration::from_nanos(hello.uptime_nanos), now);
@@ -160,8 +162,10 @@ impl Host {
         let first = network.clone().unwrap_or_default();
         fail_point!(Configure);
         let configured = agent.configure(hostname, wanted.sysctls.clone(), first);
+        let began = Instant::now();
         let guest = configured.instrument(info_span!("configure")).await?;
         fail_point!(Configured);
+        self.counters.stage("configure", began.elapsed());
         if let (Some(pod), Some(network)) = (lock(&self.network).as_ref(), network) {
             pod.was_told(network);
         }
@@ -169,7 +173,7 @@ impl Host {
         debug!(controllers = ?guest.controllers, "guest is configured");
         if let Some(ready) = lock(&self.ready).as_mut() {
             ready.agent = Some(agent);
-            tokio::spawn(listen(events, self.hub.clone(), self.inputs.clone(), ready.running.ended()));
+            tasks::spawn(listen(events, self.hub.clone(), self.inputs.clone(), ready.running.ended()));
         }
         Ok(())
     }
@@ -198,7 +202,7 @@ impl Host {
         let Some(network) = lock(&self.network).clone() else { return };
         match blocking("listen in the pod's network", move || network.forwarder()).await {
             Ok(Some(forwarder)) => {
-                tokio::spawn(forward::serve(forwarder, agent.clone(), self.hub.clone()));
+                tasks::spawn(forward::serve(forwarder, agent.clone(), self.hub.clone()));
             }
             Ok(None) => {}
             Err(fault) => warn!("ports of the pod cannot be forwarded: {fault}"),

@@ -57,7 +57,7 @@ impl Host {
     }
 
     pub(super) fn plan_pod(&self, create: &CreatePod) -> Result<(), Fault> {
-        let pod = plan::PodConfig::read(&create.config)?;
+        let pod = plan::PodConfig::read(&create.config.0)?;
         let config = self.configure(self.options.as_ref(), &pod.annotations)?;
         let sizing = plan::pod(&config, &pod, &host_facts())?;
         let own = own_hostname();

@@ -56,7 +56,7 @@ enum Phase {
     },
     /// Of an exec that was not started.
     Added {
-        process: Vec<u8>,
+        process: Opaque,
         size: Option<(u32, u32)>,
     },
     /// Of an init whose command waits.

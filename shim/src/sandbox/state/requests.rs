@@ -176,7 +176,7 @@ impl Sandbox {
         container: ContainerId,
         exec: ExecId,
         io: Io,
-        process: Vec<u8>,
+        process: Opaque,
     ) -> Result<(), Fault> {
         let key = ProcessKey { container: container.clone(), exec: Some(exec.clone()) };
         let owner = self.container_mut(&container)?;

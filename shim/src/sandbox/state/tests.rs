@@ -164,7 +164,7 @@ impl World {
             container: id(name),
             exec: ExecId::parse(exec).unwrap(),
             io: io(),
-            process: b"{}".to_vec(),
+            process: b"{}".to_vec().into(),
         };
         self.ask(request);
         self.ask(Request::Start(key(name, exec)));
@@ -315,16 +315,24 @@ fn t10_the_wrong_moment_has_its_own_answer() {
     };
     assert_eq!(kind(&mut world, Request::Delete(key("c", ""))), Kind::FailedPrecondition);
     world.exec("c", "e");
-    let again =
-        Request::Exec { container: id("c"), exec: ExecId::parse("e").unwrap(), io: io(), process: vec![1] };
+    let again = Request::Exec {
+        container: id("c"),
+        exec: ExecId::parse("e").unwrap(),
+        io: io(),
+        process: vec![1].into(),
+    };
     assert_eq!(kind(&mut world, again.clone()), Kind::AlreadyExists);
     for process in ["e", ""] {
         world.feed(Input::GuestExit(key("c", process), exit(0)));
         world.feed(Input::StreamsClosed(key("c", process)));
     }
     assert_eq!(kind(&mut world, again), Kind::AlreadyExists);
-    let late =
-        Request::Exec { container: id("c"), exec: ExecId::parse("f").unwrap(), io: io(), process: vec![1] };
+    let late = Request::Exec {
+        container: id("c"),
+        exec: ExecId::parse("f").unwrap(),
+        io: io(),
+        process: vec![1].into(),
+    };
     assert_eq!(kind(&mut world, late), Kind::FailedPrecondition);
     assert_eq!(kind(&mut world, Request::Kill { key: key("c", ""), signal: 15, all: false }), Kind::NotFound);
 }
@@ -517,7 +525,7 @@ fn requests() -> impl Strategy<Value = Request> {
             container,
             exec: ExecId::parse(exec).unwrap(),
             io: io(),
-            process: b"{}".to_vec(),
+            process: b"{}".to_vec().into(),
         }),
         1 => processes().prop_map(Request::State),
         1 => container().prop_map(Request::Pids),
@@ -538,7 +546,7 @@ fn requests() -> impl Strategy<Value = Request> {
 }
 
 fn pod_create() -> PodRequest {
-    PodRequest::Create(Box::new(CreatePod { config: Vec::new(), netns: "/netns".into() }))
+    PodRequest::Create(Box::new(CreatePod { config: Opaque::default(), netns: "/netns".into() }))
 }
 
 fn pod_requests() -> impl Strategy<Value = PodRequest> {
