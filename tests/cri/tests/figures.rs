@@ -1,7 +1,7 @@
 //! What containerd's CRI tells of the resources of pods and containers.
 
 use anyhow::{Context as _, Result, ensure};
-use harness::{Context, Test};
+use harness::{Context, Figures, Test};
 use serde_json::{Value, json};
 
 use crate::{SLEEPER, pod::inspect};
@@ -11,6 +11,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("figures::statsp_are_those_of_the_pod", pod_stats),
     Test::common("figures::a_container_is_killed_at_its_limit_and_its_neighbour_lives", limit),
     Test::bulkhead("figures::a_machine_is_as_large_as_its_pod", "runc has no machine", sized),
+    Test::bulkhead("figures::a_scrape_tells_each_container", "runc's shim tells nothing of itself", scrape),
 ];
 
 fn stats(t: &mut Context<'_>) -> Result<()> {
@@ -66,5 +67,22 @@ fn sized(t: &mut Context<'_>) -> Result<()> {
     let pods: Value = serde_json::from_slice(&ps.env("BULKHEAD_CONFIG", config).output()?.ok()?.stdout)?;
     ensure!(pods[0]["memory_mib"] == 256 + 128, "{pods}");
     ensure!(pods[0]["vcpus"] == 2, "{pods}");
+    t.remove_pod(&pod)
+}
+
+/// Two containers of one pod, and none that only stands for it.
+fn scrape(t: &mut Context<'_>) -> Result<()> {
+    let pod = t.pod("p", |_| {})?;
+    let empty = Figures::scrape(&t.pod_dir(&pod.id)?.join("metrics.sock"))?;
+    ensure!(empty.get("bulkhead_machine_up", &[])? == 1.0);
+    ensure!(empty.find("bulkhead_container_pids", &[]).is_none(), "there is no container: {empty:#?}");
+    let (a, b) = (t.run_in(&pod, "a", SLEEPER)?, t.run_in(&pod, "b", SLEEPER)?);
+    let page = t.bulkhead(&["metrics", &pod.id[..12]])?.output()?.ok()?;
+    let page = Figures::parse(&String::from_utf8(page.stdout)?)?;
+    for id in [&a, &b] {
+        let labels = [format!("pod=\"{}\"", pod.id), format!("container=\"{id}\"")];
+        ensure!(page.get("bulkhead_container_pids", &[&labels[0], &labels[1]])? >= 1.0);
+    }
+    ensure!(page.find("bulkhead_container_pids", &[&format!("container=\"{}\"", pod.id)]).is_none());
     t.remove_pod(&pod)
 }
