@@ -13,6 +13,7 @@ use std::{
 
 use nix::{
     sys::{
+        prctl,
         signal::SigSet,
         signalfd::{SfdFlags, SignalFd},
     },
@@ -21,6 +22,8 @@ use nix::{
 
 /// What it calls itself, by which the program knows that it is one.
 pub(crate) const NAME: &str = "bulkhead-container";
+/// The same for lists of processes by their short names (at most 15 bytes, prctl(2)).
+const SHORT_NAME: &std::ffi::CStr = c"bulkhead-ctr";
 /// Names the directory that it makes its root.
 pub(crate) const ROOT_ENV: &str = "BULKHEAD_ROOT";
 /// Its first line: it is where it should be.
@@ -41,6 +44,8 @@ pub(super) fn main() -> i32 {
 
 fn stand() -> Result<std::convert::Infallible, String> {
     let root = std::env::var_os(ROOT_ENV).ok_or_else(|| format!("{ROOT_ENV} is not set"))?;
+    // Else it is the last word of the link by which it was started.
+    let _ = prctl::set_name(SHORT_NAME);
     let signals = SigSet::all();
     signals.thread_block().map_err(|e| format!("block signals: {e}"))?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)

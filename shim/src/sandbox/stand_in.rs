@@ -32,7 +32,8 @@ pub(super) struct StandIn {
 }
 
 /// Tells when it is where it should be, or why it is not.
-pub(super) type Arrival = oneshot::Receiver<Result<(), String>>;
+#[derive(Debug)]
+pub(super) struct Arrival(Option<oneshot::Receiver<Result<(), String>>>);
 
 impl StandIn {
     /// Starts one, in the network namespace `network` and with the root `root`; `command` is for those who list
@@ -65,7 +66,7 @@ impl StandIn {
             let _ = inputs.send(Input::Signalled(id.clone(), signal));
         };
         let task = tokio::spawn(watch(child, heard, arrived, ending, tell));
-        Ok((Self { pid, start_time, end, task }, arrival))
+        Ok((Self { pid, start_time, end, task }, Arrival(Some(arrival))))
     }
 
     /// Its pid.
@@ -85,8 +86,9 @@ impl StandIn {
     }
 }
 
-/// Waits until it is where it should be.
-pub(super) async fn arrived(arrival: Arrival) -> Result<(), Fault> {
+/// Waits until it is where it should be; answers at once from then on.
+pub(super) async fn arrived(arrival: &mut Arrival) -> Result<(), Fault> {
+    let Some(arrival) = arrival.0.take() else { return Ok(()) };
     let why = match arrival.await {
         Ok(Ok(())) => return Ok(()),
         Ok(Err(why)) => why,

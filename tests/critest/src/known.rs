@@ -13,13 +13,22 @@ pub(crate) enum Where {
     Bulkhead,
 }
 
+/// Why a spec need not pass.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Reason {
+    /// For who reads the table.
+    pub(crate) text: String,
+    /// Words that the spec's own message has, so that no other failure hides behind the reason.
+    pub(crate) says: String,
+}
+
 /// Reasons by the names of specs.
 #[derive(Debug, Default)]
-pub(crate) struct Known(BTreeMap<(Where, String), String>);
+pub(crate) struct Known(BTreeMap<(Where, String), Reason>);
 
 impl Known {
-    pub(crate) fn reason(&self, place: Where, spec: &str) -> Option<&str> {
-        self.0.get(&(place, spec.to_owned())).map(String::as_str)
+    pub(crate) fn reason(&self, place: Where, spec: &str) -> Option<&Reason> {
+        self.0.get(&(place, spec.to_owned()))
     }
 
     /// The specs that are named for a place.
@@ -29,24 +38,29 @@ impl Known {
 }
 
 /// Reads the file: sections `[here]` and `[bulkhead]`, in them the name of one or more specs, each on a line,
-/// then their reason on indented lines. `#` begins a remark.
+/// then on indented lines `says` with words of their message, and their reason. `#` begins a remark.
 pub(crate) fn parse(text: &str) -> anyhow::Result<Known> {
     let mut known = Known::default();
     let mut place = None;
     let mut specs = Vec::new();
-    let mut reason = String::new();
+    let mut reason = Reason::default();
     let lines = text.lines().map(str::trim_end).enumerate();
     for (number, line) in lines.filter(|(_, line)| !line.starts_with('#')) {
         let at = || format!("line {}", number + 1);
         if line.starts_with(char::is_whitespace) {
             ensure!(!specs.is_empty(), "{}: a reason without a spec above it", at());
-            if !reason.is_empty() {
-                reason.push(' ');
+            let line = line.trim_start();
+            if let Some(words) = line.strip_prefix("says ") {
+                reason.says = words.to_owned();
+                continue;
             }
-            reason.push_str(line.trim_start());
+            if !reason.text.is_empty() {
+                reason.text.push(' ');
+            }
+            reason.text.push_str(line);
             continue;
         }
-        if !reason.is_empty() {
+        if !reason.text.is_empty() {
             known.add(place, &mut specs, &mut reason).with_context(at)?;
         }
         match line {
@@ -57,7 +71,7 @@ pub(crate) fn parse(text: &str) -> anyhow::Result<Known> {
             _ => specs.push(line.to_owned()),
         }
     }
-    ensure!(specs.is_empty() || !reason.is_empty(), "the last spec has no reason below it");
+    ensure!(specs.is_empty() || !reason.text.is_empty(), "the last spec has no reason below it");
     known.add(place, &mut specs, &mut reason)?;
     Ok(known)
 }
@@ -67,11 +81,12 @@ impl Known {
         &mut self,
         place: Option<Where>,
         specs: &mut Vec<String>,
-        reason: &mut String,
+        reason: &mut Reason,
     ) -> anyhow::Result<()> {
         let reason = std::mem::take(reason);
         for spec in specs.drain(..) {
             let place = place.context("a spec before the first section")?;
+            ensure!(!reason.says.is_empty(), "{spec}: a line `says …` is missing");
             let before = self.0.insert((place, spec.clone()), reason.clone());
             ensure!(before.is_none(), "named twice: {spec}");
         }
@@ -85,11 +100,12 @@ mod tests {
 
     #[test]
     fn specs_share_the_reason_below_them() {
-        let known =
-            parse("# remark\n[here]\na > b\n    no\n    network\n\n[bulkhead]\nc\nd\n  two\n").unwrap();
-        assert_eq!(known.reason(Where::Here, "a > b"), Some("no network"));
-        assert_eq!(known.reason(Where::Bulkhead, "c"), Some("two"));
-        assert_eq!(known.reason(Where::Bulkhead, "d"), Some("two"));
+        let text = "# remark\n[here]\na > b\n    says x y\n    no\n    network\n\n[bulkhead]\nc\nd\n  says z\n  two\n";
+        let known = parse(text).unwrap();
+        let reason = |text: &str, says: &str| Some(Reason { text: text.to_owned(), says: says.to_owned() });
+        assert_eq!(known.reason(Where::Here, "a > b").cloned(), reason("no network", "x y"));
+        assert_eq!(known.reason(Where::Bulkhead, "c").cloned(), reason("two", "z"));
+        assert_eq!(known.reason(Where::Bulkhead, "d").cloned(), reason("two", "z"));
         assert_eq!(known.reason(Where::Here, "c"), None);
         assert_eq!(known.specs(Where::Bulkhead).collect::<Vec<_>>(), ["c", "d"]);
     }
@@ -98,11 +114,13 @@ mod tests {
     fn what_is_not_understood_is_refused() {
         for (text, word) in [
             ("[elsewhere]\n", "elsewhere"),
-            ("a\n  b\n", "section"),
+            ("a\n  says x\n  b\n", "section"),
             ("[here]\na\n", "no reason"),
             ("[here]\na\n\nb\n  c\n", "without a reason"),
             ("[here]\n  b\n", "without a spec"),
-            ("[here]\na\n  b\na\n  c\n", "twice"),
+            ("[here]\na\n  b\n", "says"),
+            ("[here]\na\n  says x\n", "no reason"),
+            ("[here]\na\n  says x\n  b\na\n  says x\n  c\n", "twice"),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());
             assert!(error.contains(word), "{text:?}: {error}");

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::known::{Known, Where};
+use crate::known::{Known, Reason, Where};
 use crate::report::{End, Specs};
 
 /// What is said of a spec.
@@ -55,31 +55,41 @@ pub(crate) fn compare(runc: &Specs, other: Option<(&str, &Specs)>, known: &Known
 
 /// Judges one spec. `other` is none where runc is judged alone.
 fn remark(spec: &str, runc: Option<&End>, other: Option<Option<&End>>, known: &Known) -> Remark {
-    let reason = |reason: &str| Remark::Reason(reason.to_owned());
-    // Another machine may allow what this one forbids, and then it is held against the runtime.
-    let here = match (known.reason(Where::Here, spec), runc) {
+    let here = known.reason(Where::Here, spec);
+    let on_runc = match (here, runc) {
         (Some(_), None) => {
             return Remark::Fault("named under [here], but critest has no such spec".to_owned());
         }
-        (Some(_), Some(End::Passed)) => None,
+        // Another machine may allow what this one forbids, and then it is held against the runtime.
+        (_, None | Some(End::Passed)) => Remark::None,
+        (Some(reason), Some(End::Failed(why) | End::Skipped(why))) => explained(reason, why),
         (None, Some(End::Failed(why) | End::Skipped(why))) => {
-            return Remark::Fault(format!("not with runc, and no reason is known: {}", first_line(why)));
+            Remark::Fault(format!("not with runc, and no reason is known: {}", first_line(why)))
         }
-        (here, _) => here,
     };
-    let nothing = here.map_or(Remark::None, reason);
-    let Some(other) = other else { return nothing };
+    let Some(other) = other else { return on_runc };
     match (known.reason(Where::Bulkhead, spec), other) {
+        _ if matches!(on_runc, Remark::Fault(_)) => on_runc,
         (Some(_), None) if runc.is_none() => {
             Remark::Fault("named under [bulkhead], but critest has no such spec".to_owned())
         }
+        (_, None) => Remark::Fault("it did not run".to_owned()),
         (Some(_), Some(End::Passed)) => Remark::Fault("named under [bulkhead], but it passes".to_owned()),
-        (Some(there), _) => reason(there),
-        (None, None) => Remark::Fault("it did not run".to_owned()),
-        (None, Some(End::Failed(why) | End::Skipped(why))) if here.is_none() => {
-            Remark::Fault(format!("no reason is known: {}", first_line(why)))
-        }
-        (None, Some(_)) => nothing,
+        (None, Some(End::Passed)) => on_runc,
+        (Some(reason), Some(End::Failed(why) | End::Skipped(why))) => explained(reason, why),
+        (None, Some(End::Failed(why) | End::Skipped(why))) => match here {
+            Some(reason) if on_runc != Remark::None => explained(reason, why),
+            _ => Remark::Fault(format!("no reason is known: {}", first_line(why))),
+        },
+    }
+}
+
+/// A known reason, if the spec says what it is known to say.
+fn explained(reason: &Reason, why: &str) -> Remark {
+    if why.contains(&reason.says) {
+        Remark::Reason(reason.text.clone())
+    } else {
+        Remark::Fault(format!("it does not say {:?} but: {}", reason.says, first_line(why)))
     }
 }
 
@@ -145,8 +155,7 @@ mod tests {
     use crate::known;
     use crate::report::{parse, tests::written};
 
-    const KNOWN: &str =
-        "[here]\nPod > network > far\n  no network\n[bulkhead]\nPod > network > host\n  a machine\n";
+    const KNOWN: &str = "[here]\nPod > network > far\n  says lost\n  no network\n[bulkhead]\nPod > network > host\n  says refused\n  a machine\n";
 
     fn specs(far: &str, host: &str, own: &str) -> Specs {
         parse(&written(&[("far", far, "lost"), ("host", host, "refused"), ("own", own, "broken\nmore")]))
@@ -178,6 +187,15 @@ mod tests {
         assert!(table.to_string().contains("UNEXPECTED: no reason is known: broken\n"), "{table}");
         let table = judged(&specs("failed", "passed", "passed"), &specs("failed", "failed", "skipped"));
         assert_eq!(faults(&table), ["Pod > network > own"]);
+    }
+
+    #[test]
+    fn a_known_spec_that_fails_otherwise_is_a_fault() {
+        let runc = specs("failed", "passed", "passed");
+        let broken = [("far", "failed", "lost"), ("host", "failed", "crashed"), ("own", "passed", "")];
+        let table = judged(&runc, &parse(&written(&broken)).unwrap());
+        assert_eq!(faults(&table), ["Pod > network > host"]);
+        assert!(table.to_string().contains("crashed"), "{table}");
     }
 
     #[test]

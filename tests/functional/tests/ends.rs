@@ -111,6 +111,7 @@ fn shim_killed_while_running(t: &mut Context) -> Result<()> {
 
 /// What a client's hooks have made (a network, say) its poststop hook takes back, whoever runs it.
 fn shim_killed_and_its_hooks_undone(t: &mut Context) -> Result<()> {
+    let mut events = t.events()?;
     let note = t.dir().join("undone");
     let script = format!("echo again >> {}", note.display());
     let run = t.run_spec("c", &["sh", "-c", "echo up; sleep 1000"], |spec| {
@@ -121,6 +122,8 @@ fn shim_killed_and_its_hooks_undone(t: &mut Context) -> Result<()> {
     run.wait_for_text("up")?;
     kill(t, SHIM)?;
     run.wait()?.expect_failure()?;
+    // ctr sees the connection break; the clean-up comes after that, and ends with this event.
+    no_success(events.wait_exit("c", 60)?)?;
     let undone = std::fs::read_to_string(&note).context("the poststop hook did not run")?;
     ensure!(undone == "again\n", "it ran more than once: {undone:?}");
     Ok(())

@@ -106,7 +106,9 @@ fn restarted(t: &mut Context<'_>) -> Result<()> {
     let follow = t.nerdctl()?.args(["logs", "-f", "box"]).spawn()?;
     follow.wait_for_text("run 1\nrun 2\n").context("one log for both")?;
     t.nerdctl_exec("box", "ping -c 1 -W 30 10.4.0.1").context("it has its network again")?;
-    t.nerdctl_ok(&["rm", "-f", "box"])?;
+    // Stopped on purpose it stays so; only killed, it might come again before it is removed.
+    t.nerdctl_ok(&["stop", "-t", "60", "box"])?;
+    t.nerdctl_ok(&["rm", "box"])?;
     Ok(())
 }
 

@@ -149,14 +149,18 @@ impl Host {
             let poststop = hooks.poststop;
             record(&self.ledger, Entry::Hooks { poststop, state, container: Some(id.to_string()) })?;
         }
-        let (pid, arrival) = self.stand_in(id)?;
-        arrived(arrival).await?;
+        let (pid, mut arrival) = self.stand_in(id)?;
         fail_point!(CreateHooks);
-        let hooked = hooks::run(&hooks.create, &subject.state("created", pid)).await;
-        hooked.map_err(|why| Fault::new(Kind::Internal, why))?;
+        if !hooks.create.is_empty() {
+            // They look where its pid leads.
+            arrived(&mut arrival).await?;
+            let hooked = hooks::run(&hooks.create, &subject.state("created", pid)).await;
+            hooked.map_err(|why| Fault::new(Kind::Internal, why))?;
+        }
         if self.stands_for_pod(id) {
             // It has no output that would have to end before its own end is told.
             let _ = self.inputs.send(Input::StreamsClosed(ProcessKey::init(id)));
+            arrived(&mut arrival).await?;
             return Ok(pid);
         }
         let key = ProcessKey::init(id);
@@ -165,7 +169,10 @@ impl Host {
         if created.is_err() {
             self.hub.forget(&key);
         }
-        fail_point!(CreateGuest, created.map(|()| pid))
+        created?;
+        fail_point!(CreateGuest);
+        arrived(&mut arrival).await?;
+        Ok(pid)
     }
 
     /// Opens the host's ends of a process's streams. A logging program must not outlive a shim that is killed: what

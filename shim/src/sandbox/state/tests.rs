@@ -152,10 +152,10 @@ impl World {
         while !world.jobs.is_empty() {
             world.finish(0, true);
         }
-        assert_eq!(world.reply(created), &Ok(Reply::Pid(42)));
+        assert_eq!(world.reply(created), &Ok(Reply::Pid(43)));
         let started = world.ask(Request::Start(key(name, "")));
         world.finish(0, true);
-        assert_eq!(world.reply(started), &Ok(Reply::Pid(42)));
+        assert_eq!(world.reply(started), &Ok(Reply::Pid(43)));
         world
     }
 
@@ -192,7 +192,7 @@ fn an_exit_that_overtakes_the_answer_to_start_is_told_after_it() {
     world.feed(Input::StreamsClosed(key("c", "")));
     assert!(world.exits().is_empty());
     world.finish(0, true);
-    assert_eq!(world.reply(started), &Ok(Reply::Pid(42)));
+    assert_eq!(world.reply(started), &Ok(Reply::Pid(43)));
     let order: Vec<_> = world.events.iter().map(std::mem::discriminant).collect();
     let wanted = [
         Event::Create(
