@@ -4,6 +4,7 @@
 
 mod abandoned;
 mod bootstrap;
+mod connections;
 mod delete;
 mod info;
 mod serve;

@@ -11,19 +11,16 @@ use std::{
 
 use containerd_shim::Flags;
 use containerd_shim_protos::{
-    sandbox_async::create_sandbox,
-    shim_async::create_task,
-    ttrpc::r#async::{Server, transport::Listener},
+    sandbox_async::create_sandbox, shim_async::create_task, ttrpc::r#async::Server,
 };
-use futures::StreamExt;
 use tokio::{
-    net::{UnixListener, UnixStream},
+    net::UnixListener,
     signal::unix::{SignalKind, signal},
     sync::mpsc,
 };
 use tracing::{error, info, warn};
 
-use super::{abandoned, bootstrap};
+use super::{abandoned, bootstrap, connections::Connections};
 use crate::{
     config::Config,
     error::{Fault, chain},
@@ -57,7 +54,7 @@ const SERVICE_V3: &str = "containerd.task.v3.Task";
 const SERVICE_V2: &str = "containerd.task.v2.Task";
 /// How long the last events may take to reach containerd.
 const LAST_EVENTS: Duration = Duration::from_secs(5);
-/// How long open calls may take to be answered at the end.
+/// How long containerd may take to hang up at the end, and open calls to be answered.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 pub(super) fn serve(flags: &Flags) -> Result<(), String> {
@@ -131,7 +128,8 @@ async fn run(
     let v2 = create_task(Arc::new(TaskService::new(handle.clone()))).remove(SERVICE_V3);
     services.extend(v2.map(|service| (SERVICE_V2.to_owned(), service)));
     services.extend(create_sandbox(Arc::new(SandboxService::new(handle.clone()))));
-    let mut server = Server::new().register_service(services).add_listener(same_user_only(listener));
+    let connections = Connections::default();
+    let mut server = Server::new().register_service(services).add_listener(connections.of(listener));
     server.start().await.map_err(|e| format!("serve: {e}"))?;
     info!(id = flags.id, namespace = flags.namespace, "serving");
     fail_point!(SandboxServing);
@@ -148,6 +146,9 @@ async fn run(
     let _ = std::fs::remove_file(&flags.socket);
 
     let _ = tokio::time::timeout(LAST_EVENTS, drained).await;
+    // containerd hangs up when it has read the answer to its Shutdown. If we did, it would now and then see the end
+    // of the connection before the answer, which is there as well, and tell its user of a failure.
+    let _ = tokio::time::timeout(LAST_ANSWERS, connections.gone()).await;
     let _ = tokio::time::timeout(LAST_ANSWERS, server.shutdown()).await;
     info!("sandbox ended");
     Ok(())
@@ -173,36 +174,6 @@ fn take_listener() -> std::io::Result<UnixListener> {
     let listener = StdListener::from(take_over(LISTENER_FD)?);
     listener.set_nonblocking(true)?;
     UnixListener::from_std(listener)
-}
-
-/// Connections from other users are closed at once (contract, S8).
-fn same_user_only(listener: UnixListener) -> Listener {
-    let ours = nix::unistd::geteuid().as_raw();
-    let accepted = futures::stream::unfold(listener, |listener| async {
-        let stream = listener.accept().await.map(|(stream, _)| stream);
-        Some((stream, listener))
-    });
-    Listener::new(accepted.filter(move |stream| {
-        let allowed = match stream {
-            Ok(stream) => allowed(stream, ours),
-            Err(_) => true,
-        };
-        futures::future::ready(allowed)
-    }))
-}
-
-fn allowed(stream: &UnixStream, ours: u32) -> bool {
-    match stream.peer_cred() {
-        Ok(peer) if peer.uid() == ours => true,
-        Ok(peer) => {
-            warn!(uid = peer.uid(), "connection of another user refused");
-            false
-        }
-        Err(error) => {
-            warn!(%error, "connection of an unknown user refused");
-            false
-        }
-    }
 }
 
 /// Children of children that are left behind come to us, not to init (contract, S9).
