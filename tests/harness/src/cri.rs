@@ -101,8 +101,11 @@ impl Node {
         let crictl = variable("BULKHEAD_TEST_CRI_TOOLS", "tests/parts/cri-tools")?.join("crictl");
         // No file of the machine's user may speak along.
         let config = self.dir().join("crictl.yaml");
-        fs::write(&config, format!("timeout: {}\n", 120 * crate::pace::factor()))
-            .context("write crictl.yaml")?;
+        // Once: another crictl may be about to read it, and would find it empty.
+        if !config.exists() {
+            fs::write(&config, format!("timeout: {}\n", 120 * crate::pace::factor()))
+                .context("write crictl.yaml")?;
+        }
         let config = config.display().to_string();
         let options = ["--config", &config, "--runtime-endpoint", &endpoint, "--image-endpoint", &endpoint];
         Ok((crictl, options.map(str::to_owned).to_vec()))
@@ -122,6 +125,13 @@ pub struct Pod {
     pub id: String,
     /// Its configuration, which crictl wants again for each container.
     config: PathBuf,
+}
+
+impl Pod {
+    /// One that [`Context::runp`] has made from `config`.
+    pub fn made(id: String, config: PathBuf) -> Self {
+        Self { id, config }
+    }
 }
 
 impl Context<'_> {
