@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_proto::{SHARE_DIR, SHM_DIR};
 use oci_spec::runtime::{Mount, Spec};
 
-use super::{ContainerPlan, Role, refused};
+use super::{ContainerPlan, IdMaps, Role, refused, users};
 use crate::{
     error::{Fault, Kind},
     ids::ContainerId,
@@ -28,13 +28,21 @@ pub struct Bind {
     pub recursive: bool,
     /// The guest must not write through it, whatever its kernel says.
     pub read_only: bool,
+    /// How the owners of its files are mapped, if they are; and whether of what is mounted below it, too.
+    pub owners: Option<(IdMaps, bool)>,
 }
 
 /// Gives every bind mount of the spec a place in the share and answers what must be put there.
-pub(super) fn translate(spec: &mut Spec, id: &ContainerId, role: Role) -> Result<Vec<Bind>, Fault> {
+pub(super) fn translate(
+    spec: &mut Spec,
+    id: &ContainerId,
+    role: Role,
+    users: Option<&IdMaps>,
+) -> Result<Vec<Bind>, Fault> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     let mut binds = Vec::new();
     for mount in &mut mounts {
+        let owners = users::of_mount(mount, users)?;
         let options = mount.options().clone().unwrap_or_default();
         let has = |word: &str| options.iter().any(|o| o == word);
         let kind = mount.typ().clone().unwrap_or_default();
@@ -55,6 +63,10 @@ pub(super) fn translate(spec: &mut Spec, id: &ContainerId, role: Role) -> Result
                     "only bind mounts and the kernel's own file systems can be mounted",
                 ));
             }
+            if owners.is_some() {
+                let what = format!("a mount of type {kind:?} at {} with mapped ids", destination.display());
+                return Err(refused(what, "only the owners of a bind mount's files can be mapped"));
+            }
             continue;
         }
         let source = mount.source().clone().ok_or_else(|| {
@@ -69,6 +81,7 @@ pub(super) fn translate(spec: &mut Spec, id: &ContainerId, role: Role) -> Result
             destination,
             recursive: has("rbind"),
             read_only: has("ro") || has("rro"),
+            owners,
         });
     }
     spec.set_mounts(Some(mounts));
@@ -94,7 +107,8 @@ impl ContainerPlan {
             .set_options(Some(options));
         mounts.push(mount);
         self.guest_spec.set_mounts(Some(mounts));
-        self.binds.push(Bind { slot, source, destination: destination.into(), recursive: true, read_only });
+        let destination = destination.into();
+        self.binds.push(Bind { slot, source, destination, recursive: true, read_only, owners: None });
     }
 }
 

@@ -13,11 +13,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::mount::{MountError, mount};
+use super::{
+    idmap::Owners,
+    mount::{MountError, mount, mount_owned},
+};
 use crate::{
     ids::ContainerId,
     ledger::{Entry, Ledger, LedgerError},
-    plan::Bind,
+    plan::{Bind, IdMaps},
     sandbox::model::RootMount,
 };
 
@@ -47,6 +50,18 @@ pub enum ShareError {
     /// A mount failed.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// What containerd says of a mount cannot be understood.
+    #[error("{0}")]
+    Words(String),
+    /// A user namespace that maps owners could not be made.
+    #[error("make a user namespace to map the owners of {}", path.display())]
+    Users {
+        /// Of which files.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The ledger could not be kept.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
@@ -89,7 +104,12 @@ impl Share {
         for part in mounts {
             let target = if part.target.is_empty() { root.to_owned() } else { inside(root, &part.target) };
             ledger.record(mount_entry(&target, id))?;
-            mount(&part.kind, &part.source, &part.options, &target)?;
+            let (owners, options) =
+                IdMaps::take(&part.options).map_err(|fault| ShareError::Words(fault.message))?;
+            match owners {
+                None => mount(&part.kind, &part.source, &options, &target)?,
+                Some(owners) => self.mount_owned(ledger, id, part, &options, &owners, &target)?,
+            }
         }
         let folder = self.container_dir(id);
         ledger.record(Entry::Directory { path: folder.clone(), container: Some(id.to_string()) })?;
@@ -97,6 +117,24 @@ impl Share {
         let target = folder.join("rootfs");
         make_dir(&target)?;
         self.bind(ledger, id, root, &target, true, read_only)
+    }
+
+    /// Mounts a part of a root with files of other owners than on its disk.
+    fn mount_owned(
+        &self,
+        ledger: &mut Ledger,
+        id: &ContainerId,
+        part: &RootMount,
+        options: &[String],
+        owners: &IdMaps,
+        target: &Path,
+    ) -> Result<(), ShareError> {
+        let layers = self.dir.with_file_name("layers").join(id.as_str());
+        ledger.record(Entry::Directory { path: layers.clone(), container: Some(id.to_string()) })?;
+        ledger.record(mount_entry(&layers, id))?;
+        make_dir(&layers)?;
+        mount_owned(&part.kind, &part.source, options, &users(owners, target)?, &layers, target)?;
+        Ok(())
     }
 
     /// Shows one bind mount to the guest.
@@ -113,7 +151,15 @@ impl Share {
             std::fs::File::create(&target)
                 .map_err(|source| ShareError::Make { path: target.clone(), source })?;
         }
-        self.bind(ledger, id, &bind.source, &target, bind.recursive, bind.read_only)
+        let Some((owners, below)) = &bind.owners else {
+            return self.bind(ledger, id, &bind.source, &target, bind.recursive, bind.read_only);
+        };
+        let owners = users(owners, &bind.source)?;
+        ledger.record(mount_entry(&target, id))?;
+        owners
+            .bind(&bind.source, &target, bind.recursive, *below, bind.read_only)
+            .map_err(|source| MountError::Owners { path: bind.source.clone(), source })?;
+        Ok(())
     }
 
     fn bind(
@@ -133,6 +179,10 @@ impl Share {
         mount("bind", &source.to_string_lossy(), &options, target)?;
         Ok(())
     }
+}
+
+fn users(owners: &IdMaps, path: &Path) -> Result<Owners, ShareError> {
+    Owners::new(owners).map_err(|source| ShareError::Users { path: path.to_owned(), source })
 }
 
 fn mount_entry(target: &Path, id: &ContainerId) -> Entry {

@@ -27,6 +27,7 @@ use crate::{
     error::{Fault, Kind},
     guest::{self, Agent, GuestEvents},
     ids::{ContainerId, ProcessKey},
+    plan::IdMaps,
     stdio::Hub,
     storage::Disks,
     trace,
@@ -152,7 +153,8 @@ impl Host {
         let hostname = if wanted.hostname.is_empty() { &own } else { &wanted.hostname };
         let network = joined.instrument(info_span!("join")).await?;
         let first = network.clone().unwrap_or_default();
-        let configured = agent.configure(hostname, wanted.sysctls.clone(), first);
+        let users = wanted.users.as_ref().map(IdMaps::message);
+        let configured = agent.configure(hostname, wanted.sysctls.clone(), first, users);
         let guest = configured.instrument(info_span!("configure")).await?;
         if let (Some(pod), Some(network)) = (lock(&self.network).as_ref(), network) {
             pod.was_told(network);
