@@ -9,12 +9,21 @@ mod figures;
 mod network;
 mod pod;
 mod refusals;
+mod userns;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let tests =
-        [pod::TESTS, network::TESTS, exec::TESTS, figures::TESTS, ends::TESTS, refusals::TESTS].concat();
+    let tests = [
+        pod::TESTS,
+        userns::TESTS,
+        network::TESTS,
+        exec::TESTS,
+        figures::TESTS,
+        ends::TESTS,
+        refusals::TESTS,
+    ]
+    .concat();
     harness::run_suite_with_pods("cri", &tests)
 }
 

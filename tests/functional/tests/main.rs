@@ -13,6 +13,7 @@ mod run;
 mod security;
 mod task;
 mod terminal;
+mod userns;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         network::TESTS,
         task::TESTS,
         terminal::TESTS,
+        userns::TESTS,
         events::TESTS,
         badinput::TESTS,
         ends::TESTS,
