@@ -23,10 +23,11 @@ use nix::{
 use crate::{
     cgroup,
     error::{Doing, Error, Result},
-    netns, podns,
+    podns,
 };
 
-/// Applies a request to the guest and says what kind of guest it is.
+/// Applies to the guest what concerns all of it, and says what kind of guest it is. The pod's namespaces come after,
+/// with the host name that is set here.
 pub(crate) fn apply(request: &ConfigureRequest) -> Result<ConfigureResponse> {
     if !request.hostname.is_empty() {
         sethostname(&request.hostname).doing(|| format!("set the host name to {:?}", request.hostname))?;
@@ -40,22 +41,22 @@ pub(crate) fn apply(request: &ConfigureRequest) -> Result<ConfigureResponse> {
             .and_then(|random| crate::sys::add_entropy(random.as_fd(), &request.seed))
             .doing(|| "seed the kernel's random numbers".into())?;
     }
-    let mut net = Vec::new();
-    for (key, value) in &request.sysctls {
-        if is_net(key) {
-            net.push((key.clone(), value.clone()));
-        } else if !is_ipc(key) {
-            write_sysctl(key, value).doing(|| format!("set sysctl {key} to {value:?}"))?;
-        }
+    for (key, value) in request.sysctls.iter().filter(|(key, _)| !is_net(key) && !is_ipc(key)) {
+        write_sysctl(key, value).doing(|| format!("set sysctl {key} to {value:?}"))?;
     }
-    netns::create_network(net).doing(|| "make the network namespace of the pod".into())?;
-    podns::create(ipc_sysctls(request)).doing(|| "make the ipc and uts namespaces of the pod".into())?;
+    podns::create_shm().doing(|| "make the pod's /dev/shm".into())?;
     if !request.share_tag.is_empty() {
         mount_share(&request.share_tag)?;
     }
     let controllers =
         cgroup::controllers(Path::new(cgroup::ROOT)).doing(|| "read the cgroup controllers".into())?;
     Ok(ConfigureResponse { kernel_release: kernel_release(), controllers, ..Default::default() })
+}
+
+/// Sysctls that belong to the pod's namespaces.
+pub(crate) fn namespaced_sysctls(request: &ConfigureRequest) -> Vec<(String, String)> {
+    let ours = |key: &str| is_net(key) || is_ipc(key);
+    request.sysctls.iter().filter(|(key, _)| ours(key)).map(|(k, v)| (k.clone(), v.clone())).collect()
 }
 
 /// Sysctls that belong to an ipc namespace, hence to each container.
@@ -88,7 +89,7 @@ fn is_net(key: &str) -> bool {
     key.starts_with("net.") || key.starts_with("net/")
 }
 
-fn is_ipc(key: &str) -> bool {
+pub(crate) fn is_ipc(key: &str) -> bool {
     let key = key.replace('/', ".");
     key.starts_with("fs.mqueue.")
         || ["kernel.msg", "kernel.shm"].iter().any(|prefix| key.starts_with(prefix))

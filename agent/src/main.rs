@@ -28,6 +28,7 @@ mod spec;
 mod stats;
 mod stdio;
 mod sys;
+mod users;
 
 use std::process::ExitCode;
 

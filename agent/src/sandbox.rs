@@ -39,6 +39,7 @@ use crate::{
     spec::{self, Guest},
     stats,
     stdio::{self, Terminal},
+    users::Users,
 };
 
 /// How long the kernel may take to freeze a container, or to end one that was killed.
@@ -51,6 +52,8 @@ pub(crate) struct Sandbox {
     state: Mutex<State>,
     /// Wakes those who wait for the end of a process.
     ended: Notify,
+    /// Held while the guest is made a sandbox.
+    configuring: tokio::sync::Mutex<()>,
     /// Held while the shared namespace of processes is made.
     sharing_pids: tokio::sync::Mutex<()>,
 }
@@ -58,6 +61,8 @@ pub(crate) struct Sandbox {
 #[derive(Default)]
 struct State {
     configured: bool,
+    /// The pod's user namespace, if it has one.
+    users: Option<Users>,
     ipc_sysctls: Vec<(String, String)>,
     network: net::Applied,
     containers: HashMap<String, Container>,
@@ -67,6 +72,8 @@ struct State {
 struct Container {
     status: Status,
     last_mile: LastMile,
+    /// Set if it is in the pod's user namespace.
+    users: Option<Users>,
     /// Running processes by exec id; an empty id is init.
     processes: HashMap<String, Process>,
     /// The kernel's count of OOM kills that was last told.
@@ -111,21 +118,30 @@ impl Sandbox {
             events,
             state: Mutex::default(),
             ended: Notify::new(),
+            configuring: Default::default(),
             sharing_pids: Default::default(),
         })
     }
 
     /// Makes the guest a sandbox; once.
-    pub(crate) fn configure(&self, request: &ConfigureRequest) -> Result<ConfigureResponse> {
-        let mut state = self.state();
-        if state.configured {
+    pub(crate) async fn configure(&self, request: &ConfigureRequest) -> Result<ConfigureResponse> {
+        let _one_at_a_time = self.configuring.lock().await;
+        if self.state().configured {
             return Err(Error::State("the sandbox is configured already".into()));
         }
+        let users = request.users.as_ref().map(Users::read).transpose()?;
         let response = configure::apply(request)?;
+        let sysctls = configure::namespaced_sysctls(request);
+        match &users {
+            None => podns::create(sysctls).doing(|| "make the namespaces of the pod".into())?,
+            Some(users) => self.launcher.make_pod(users.clone(), sysctls).await?,
+        }
+        let mut state = self.state();
         if let Some(network) = request.network.as_ref() {
             state.network.set(network)?;
         }
         state.ipc_sysctls = configure::ipc_sysctls(request);
+        state.users = users;
         state.configured = true;
         Ok(response)
     }
@@ -164,6 +180,7 @@ impl Sandbox {
                 has_device: &|typ, major, minor| spec::sys_dev(typ, major, minor).exists(),
                 disks: Disks::find(&request.disks).doing(|| "find the container's block devices".into())?,
                 ipc_sysctls: &state.ipc_sysctls,
+                users: state.users.as_ref(),
             };
             let create = spec::container(id, &request.spec, terminal_of(&request.stdio), &guest)?;
             state.containers.insert(
@@ -171,6 +188,7 @@ impl Sandbox {
                 Container {
                     status: Status::Busy("being created"),
                     last_mile: create.last_mile.clone(),
+                    users: create.users.clone(),
                     processes: HashMap::new(),
                     oom_kills: 0,
                     oom_watch: None,
@@ -237,7 +255,8 @@ impl Sandbox {
                 return Err(not_in(id, container.status, "run a process in it"));
             }
             let init = container.process(id, "")?.pid;
-            let exec = spec::exec(init, &request.process, terminal_of(&request.stdio), &container.last_mile)?;
+            let (of_init, users) = (&container.last_mile, container.users.as_ref());
+            let exec = spec::exec(init, &request.process, terminal_of(&request.stdio), of_init, users)?;
             container.processes.insert(exec_id.clone(), Process { pid: 0, terminal: None });
             exec
         };

@@ -139,7 +139,7 @@ struct Service {
 #[async_trait]
 impl Agent for Service {
     async fn configure(&self, _: &TtrpcContext, request: ConfigureRequest) -> Result<ConfigureResponse> {
-        Ok(self.sandbox.configure(&request)?)
+        Ok(self.sandbox.configure(&request).await?)
     }
 
     async fn set_network(&self, _: &TtrpcContext, request: Network) -> Result<Empty> {

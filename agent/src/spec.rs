@@ -18,6 +18,8 @@ use crate::{
     disks::Disks,
     error::{Error, Result},
     launcher::{Create, Exec, LastMile, Size, allows_every_device, default_devices},
+    podns,
+    users::Users,
 };
 
 /// What the translation has to know of the guest.
@@ -32,6 +34,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) disks: Disks,
     /// Sysctls of the pod that belong to each container's ipc namespace.
     pub(crate) ipc_sysctls: &'a [(String, String)],
+    /// The pod's user namespace, if it has one.
+    pub(crate) users: Option<&'a Users>,
 }
 
 /// Whether the process has a terminal, and of which size: what the host's request says of its streams.
@@ -59,6 +63,7 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     guest.disks.translate(&mut linux);
     let devices = devices(&mut linux, guest)?;
     refuse_sharing(&spec)?;
+    let users = join_users(&mut linux, &process, guest)?;
     if let Some(propagation) = linux.rootfs_propagation() {
         // libcontainer makes it recursive in any case, and knows the plain names only.
         let plain = propagation.strip_prefix('r').unwrap_or(propagation).to_owned();
@@ -68,16 +73,26 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     linux.set_namespaces(Some(namespaces(linux.namespaces().as_deref().unwrap_or_default(), guest)?));
     add_sysctls(&mut linux, guest);
     spec.set_process(Some(process)).set_linux(Some(linux));
-    Ok(Create { id: id.to_owned(), spec, last_mile, devices })
+    Ok(Create { id: id.to_owned(), spec, last_mile, devices, users })
 }
 
-/// Translates a further process of a container whose init has the pid `init` and went `of_init`.
-pub(crate) fn exec(init: i32, process: &[u8], terminal: Terminal, of_init: &LastMile) -> Result<Exec> {
+/// Translates a further process of a container whose init has the pid `init` and went `of_init`, in the user
+/// namespace of `users`.
+pub(crate) fn exec(
+    init: i32,
+    process: &[u8],
+    terminal: Terminal,
+    of_init: &LastMile,
+    users: Option<&Users>,
+) -> Result<Exec> {
     let mut process: Process = serde_json::from_slice(process).map_err(|e| invalid("the process", &e))?;
     let mut last_mile = process_of(&mut process, terminal, false)?;
     last_mile.seccomp = of_init.seccomp.clone();
     last_mile.linux32 = of_init.linux32;
-    Ok(Exec { init, process, last_mile })
+    if let Some(users) = users {
+        users.check(process.user())?;
+    }
+    Ok(Exec { init, process, last_mile, users: users.cloned() })
 }
 
 /// Reads and checks limits.
@@ -183,9 +198,29 @@ fn hooks(hooks: Option<&Hooks>) -> Result<Option<Hooks>> {
     Ok(Some(ours))
 }
 
+/// Takes from `linux` how its user namespace maps: that is the pod's affair, and must be what the pod has.
+fn join_users(linux: &mut Linux, process: &Process, guest: &Guest<'_>) -> Result<Option<Users>> {
+    let asked = linux.namespaces().iter().flatten().any(|n| n.typ() == LinuxNamespaceType::User);
+    let (uids, gids) = (linux.uid_mappings().clone(), linux.gid_mappings().clone());
+    linux.set_uid_mappings(None).set_gid_mappings(None);
+    let (uids, gids) = (uids.unwrap_or_default(), gids.unwrap_or_default());
+    let Some(users) = guest.users.filter(|_| asked) else {
+        return match (asked, uids.is_empty() && gids.is_empty()) {
+            (true, _) => Err(refuse("linux.namespaces: user", "the pod has no user namespace".into())),
+            (false, false) => Err(refuse("linux.uidMappings", "without a user namespace".into())),
+            (false, true) => Ok(None),
+        };
+    };
+    if !users.agree(&uids, &gids) {
+        return Err(refuse("linux.uidMappings and gidMappings", "those of the pod are different".into()));
+    }
+    users.check(process.user())?;
+    Ok(Some(users.clone()))
+}
+
 /// Every container is in the pod's network namespace and in a cgroup namespace of its own.
 fn namespaces(wanted: &[LinuxNamespace], guest: &Guest<'_>) -> Result<Vec<LinuxNamespace>> {
-    let mut namespaces = Vec::new();
+    let (mut namespaces, mut in_users) = (Vec::new(), false);
     for namespace in wanted {
         let typ = namespace.typ();
         let field = format!("linux.namespaces: {typ}");
@@ -195,15 +230,10 @@ fn namespaces(wanted: &[LinuxNamespace], guest: &Guest<'_>) -> Result<Vec<LinuxN
             .filter(|path| !path.as_os_str().is_empty() && !path.starts_with(guest.namespaces));
         match (typ, host_path) {
             (LinuxNamespaceType::Network | LinuxNamespaceType::Cgroup, _) => {}
-            (LinuxNamespaceType::User, _) => {
-                return Err(refuse(
-                    &field,
-                    "user namespaces inside of the guest are not supported yet".into(),
-                ));
-            }
             (_, Some(path)) => {
                 return Err(refuse(&field, format!("{} is a path of the host", path.display())));
             }
+            (LinuxNamespaceType::User, None) => in_users = true,
             (_, None) => namespaces.push(namespace.clone()),
         }
     }
@@ -218,6 +248,9 @@ fn namespaces(wanted: &[LinuxNamespace], guest: &Guest<'_>) -> Result<Vec<LinuxN
     };
     namespaces.push(build(LinuxNamespaceType::Network, Some(&guest.network)));
     namespaces.push(build(LinuxNamespaceType::Cgroup, None));
+    if in_users {
+        namespaces.push(build(LinuxNamespaceType::User, Some(&podns::users())));
+    }
     Ok(namespaces)
 }
 

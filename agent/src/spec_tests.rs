@@ -9,6 +9,7 @@ fn guest() -> Guest<'static> {
         namespaces: Path::new("/run/bulkhead/ns"),
         has_device: &|_, major, minor| (major, minor) == (1, 3),
         ipc_sysctls: &[],
+        users: None,
     }
 }
 
@@ -87,7 +88,7 @@ fn an_exec_gets_the_filter_of_its_container() {
     let init = adapt(&base()).unwrap().last_mile;
     let process = base()["process"].to_string();
     let size = Size { width: 80, height: 24 };
-    let exec = exec(7, process.as_bytes(), Some(size), &init).unwrap();
+    let exec = exec(7, process.as_bytes(), Some(size), &init, None).unwrap();
     assert_eq!(exec.last_mile.seccomp, init.seccomp);
     assert!(!exec.last_mile.init);
     assert_eq!(exec.last_mile.terminal, Some(size));
@@ -101,7 +102,43 @@ fn a_32_bit_machine_is_for_every_process_of_the_container() {
     let create = adapt(&spec).unwrap();
     assert!(create.last_mile.linux32 && create.spec.linux().as_ref().unwrap().personality().is_none());
     let process = spec["process"].to_string();
-    assert!(exec(7, process.as_bytes(), None, &create.last_mile).unwrap().last_mile.linux32);
+    assert!(exec(7, process.as_bytes(), None, &create.last_mile, None).unwrap().last_mile.linux32);
+}
+
+fn users() -> Users {
+    use bulkhead_proto::agent::{IdMapping, UserNamespace};
+    let ids = || vec![IdMapping { container: 0, guest: 100_000, size: 65536, ..Default::default() }];
+    Users::read(&UserNamespace { uids: ids(), gids: ids(), ..Default::default() }).unwrap()
+}
+
+#[test]
+fn a_container_joins_the_pods_users_if_it_says_so() {
+    let users = users();
+    let adapt = |spec: &Value| {
+        container("c", spec.to_string().as_bytes(), None, &Guest { users: Some(&users), ..guest() })
+    };
+    let mut spec = with("/linux/namespaces", json!([{"type": "user"}, {"type": "mount"}]));
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map;
+    let create = adapt(&spec).unwrap();
+    let linux = create.spec.linux().as_ref().unwrap();
+    let user = linux.namespaces().iter().flatten().find(|n| n.typ() == LinuxNamespaceType::User).unwrap();
+    assert_eq!(user.path().as_deref(), Some(Path::new("/run/bulkhead/ns/user")));
+    assert!(linux.uid_mappings().is_none() && linux.gid_mappings().is_none());
+    let init = create.last_mile;
+    let stranger = json!({"user": {"uid": 70_000, "gid": 0}, "args": ["sh"], "cwd": "/"}).to_string();
+    let said = exec(7, stranger.as_bytes(), None, &init, create.users.as_ref()).unwrap_err().to_string();
+    assert!(said.contains("process.user.uid: 70000 is not mapped"), "{said}");
+    assert_eq!(create.users, Some(users.clone()));
+
+    spec["linux"]["gidMappings"][0]["size"] = json!(1);
+    let said = adapt(&spec).unwrap_err().to_string();
+    assert!(said.contains("those of the pod are different"), "{said}");
+    assert_eq!(adapt(&base()).unwrap().users, None);
+    let mut without = base();
+    without["linux"]["uidMappings"] = spec["linux"]["uidMappings"].clone();
+    assert!(adapt(&without).unwrap_err().to_string().contains("without a user namespace"));
 }
 
 #[test]

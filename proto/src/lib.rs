@@ -23,8 +23,8 @@ pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// Tag of the virtio-fs device that carries the share.
 pub const SHARE_TAG: &str = "share";
 
-/// Where the agent keeps the pod's namespaces in the guest: `net`, `ipc`, `uts` and `pid`, by which containers
-/// of a pod share them. A spec names them as `path`.
+/// Where the agent keeps the pod's namespaces in the guest: `net`, `ipc`, `uts`, `pid` and `user`, by which
+/// containers of a pod share them. A spec names them as `path`.
 pub const NAMESPACE_DIR: &str = "/run/bulkhead/ns";
 
 /// The pod's /dev/shm in the guest, which containers of a pod share.

@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use super::{Create, Exec, LaunchError, Launched, Launcher, Reply, Request, wire, zygote};
+use crate::users::Users;
 
 /// The launcher process, seen from the agent.
 pub(crate) struct Zygote {
@@ -132,6 +133,10 @@ impl Launcher for Zygote {
 
     async fn exec(&self, exec: Exec, stdio: Option<[OwnedFd; 3]>) -> Result<Launched, LaunchError> {
         self.launch(Request::Exec(Box::new(exec)), stdio).await
+    }
+
+    async fn make_pod(&self, users: Users, sysctls: Vec<(String, String)>) -> Result<(), LaunchError> {
+        self.tell(Request::MakePod { users, sysctls }).await
     }
 
     async fn share_pids(&self) -> Result<(), LaunchError> {

@@ -39,9 +39,9 @@ use oci_spec::runtime::User;
 use super::{
     Exec,
     last_mile::{LastMileExecutor, why},
-    schedule, wire,
+    mapped, schedule, wire,
 };
-use crate::cgroup;
+use crate::{cgroup, podns};
 
 /// The namespaces that a process can have of its own, by their names below /proc/<pid>/ns (namespaces(7)).
 const NAMESPACES: [(&str, CloneFlags); 7] = [
@@ -63,6 +63,9 @@ pub(super) fn run(exec: Exec, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedF
     let (mut report, report_to) = io::pipe().map_err(io)?;
     let (console, console_to) = UnixStream::pair().map_err(io)?;
 
+    if let Some(users) = &exec.users {
+        mapped::give_streams(&stdio, users)?;
+    }
     // Nobody in the container may look into what is about to join it, before it is its program.
     prctl::set_dumpable(false).map_err(|e| io(e.into()))?;
     schedule::initial_affinity(&exec.process)?;
@@ -154,8 +157,15 @@ fn become_process(
     enter_cgroup(exec.init)?;
     schedule::final_affinity(process)?;
     schedule::policy(process, syscall.as_ref())?;
+    if exec.users.is_some() {
+        mapped::raise_limits(process)?;
+    }
     if !namespaces.is_empty() {
         setns(init, namespaces).map_err(doing("enter the container's namespaces"))?;
+    }
+    if exec.users.is_some() {
+        prctl::set_keepcaps(true).map_err(doing("keep capabilities"))?;
+        podns::become_root().map_err(doing("become the container's root"))?;
     }
     setsid().map_err(doing("begin a session"))?;
     match last_mile.todo.terminal {

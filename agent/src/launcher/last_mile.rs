@@ -176,19 +176,19 @@ pub(super) fn why(error: &io::Error) -> String {
 fn own_streams(uid: u32) -> io::Result<()> {
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     for stream in [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()] {
-        own_stream(stream, uid)?;
+        own_stream(stream, uid, None)?;
     }
     Ok(())
 }
 
-fn own_stream(stream: BorrowedFd<'_>, uid: u32) -> io::Result<()> {
+pub(super) fn own_stream(stream: BorrowedFd<'_>, uid: u32, gid: Option<u32>) -> io::Result<()> {
     let stat = fstat(stream)?;
     let null = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR
         && (major(stat.st_rdev), minor(stat.st_rdev)) == (1, 3);
-    if null || stat.st_uid == uid {
+    if null || (stat.st_uid == uid && gid.is_none_or(|gid| stat.st_gid == gid)) {
         return Ok(());
     }
-    match fchown(stream, Some(Uid::from_raw(uid)), None) {
+    match fchown(stream, Some(Uid::from_raw(uid)), gid.map(Gid::from_raw)) {
         // An id that the user namespace does not map, or a file system without owners.
         Err(nix::Error::EINVAL | nix::Error::EPERM | nix::Error::EROFS) => Ok(()),
         result => result.map_err(io::Error::from),

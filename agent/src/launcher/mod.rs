@@ -13,6 +13,7 @@ mod client;
 mod devices;
 mod join;
 mod last_mile;
+mod mapped;
 mod schedule;
 mod wire;
 mod worker;
@@ -28,6 +29,8 @@ pub(crate) use client::Zygote;
 pub(crate) use devices::{allows_everything as allows_every_device, defaults as default_devices};
 pub(crate) use last_mile::{LastMile, Size};
 
+use crate::users::Users;
+
 /// What is done to containers.
 #[async_trait]
 pub(crate) trait Launcher: Send + Sync {
@@ -37,6 +40,8 @@ pub(crate) trait Launcher: Send + Sync {
     async fn start(&self, id: &str) -> Result<(), LaunchError>;
     /// Runs a further process in a started container.
     async fn exec(&self, exec: Exec, stdio: Option<[OwnedFd; 3]>) -> Result<Launched, LaunchError>;
+    /// Makes the namespaces of a pod that has users of its own, with `sysctls` written there.
+    async fn make_pod(&self, users: Users, sysctls: Vec<(String, String)>) -> Result<(), LaunchError>;
     /// Makes the namespace of processes that containers of the pod share; nothing where it is there.
     async fn share_pids(&self) -> Result<(), LaunchError>;
     /// Changes the limits of a container.
@@ -54,6 +59,8 @@ pub(crate) struct Create {
     pub(crate) last_mile: LastMile,
     /// Access to devices by number, later rules winning.
     pub(crate) devices: Vec<LinuxDeviceCgroup>,
+    /// Set if it is in the pod's user namespace.
+    pub(crate) users: Option<Users>,
 }
 
 /// A process to be added to a container.
@@ -63,6 +70,8 @@ pub(crate) struct Exec {
     pub(crate) init: i32,
     pub(crate) process: Process,
     pub(crate) last_mile: LastMile,
+    /// Set if it is in the pod's user namespace.
+    pub(crate) users: Option<Users>,
 }
 
 /// A process that was made.
@@ -90,6 +99,7 @@ pub(crate) enum LaunchError {
 enum Request {
     Create(Box<Create>),
     Start { id: String },
+    MakePod { users: Users, sysctls: Vec<(String, String)> },
     SharePids,
     Exec(Box<Exec>),
     Update { id: String, resources: Box<LinuxResources> },

@@ -27,9 +27,9 @@ use oci_spec::runtime::{LinuxResources, Spec};
 use super::{
     Create, LastMile, Reply, Request, join,
     last_mile::{LastMileExecutor, why},
-    wire,
+    mapped, wire,
 };
-use crate::{boot::RUN_DIR, cgroup};
+use crate::{boot::RUN_DIR, cgroup, users::Users};
 
 /// Longest report of a failure that is read, in bytes; a pipe holds as much.
 const REPORT_MAX: u64 = 16 << 10;
@@ -52,6 +52,7 @@ fn handle(request: Request, stdio: Vec<OwnedFd>) -> (Reply, Option<OwnedFd>) {
         Request::Create(create) => create_container(*create, stdio),
         Request::Exec(exec) => join::run(*exec, stdio),
         Request::Start { id } => return (done(start(&id)), None),
+        Request::MakePod { users, sysctls } => return (done(make_pod(&users, &sysctls)), None),
         Request::SharePids => return (done(share_pids()), None),
         Request::Update { id, resources } => return (done(update(&id, &resources)), None),
         Request::Delete { id } => return (done(delete(&id)), None),
@@ -79,7 +80,7 @@ fn bundle(id: &str) -> PathBuf {
     Path::new(RUN_DIR).join("bundles").join(id)
 }
 
-fn create_container(create: Create, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedFd>), String> {
+fn create_container(mut create: Create, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedFd>), String> {
     let id = create.id.clone();
     check_files(&create.spec)?;
     let bundle = bundle(&id);
@@ -88,6 +89,9 @@ fn create_container(create: Create, stdio: Vec<OwnedFd>) -> Result<(i32, Option<
         fs::create_dir_all(state_root()).map_err(doing("create", &state_root()))?;
         fs::create_dir_all(&bundle).map_err(doing("create", &bundle))?;
         make_cwd_below_read_only_root(&create)?;
+        if let Some(users) = create.users.clone() {
+            mapped::prepare(&mut create, &users, &stdio)?;
+        }
         let spec = bundle.join("config.json");
         create.spec.save(&spec).map_err(|e| format!("write {}: {}", spec.display(), chain(&e)))?;
         fs::create_dir(&cgroup).map_err(doing("create", &cgroup))?;
@@ -98,6 +102,7 @@ fn create_container(create: Create, stdio: Vec<OwnedFd>) -> Result<(i32, Option<
         // What libcontainer has not taken back itself; none of it may be there.
         let _ = fs::remove_dir_all(state_root().join(&id));
         let _ = fs::remove_dir_all(&bundle);
+        let _ = fs::remove_dir_all(mapped::devices(&id));
         let _ = fs::remove_dir(&cgroup);
     }
     result
@@ -237,6 +242,11 @@ fn start(id: &str) -> Result<(), String> {
     load(id)?.start().map_err(|e| chain(&e))
 }
 
+fn make_pod(users: &Users, sysctls: &[(String, String)]) -> Result<(), String> {
+    crate::podns::create_with_users(users, sysctls)
+        .map_err(|e| format!("make the namespaces of the pod: {}", why(&e)))
+}
+
 fn share_pids() -> Result<(), String> {
     crate::podns::create_pid().map_err(|e| format!("make the pod's namespace of processes: {}", why(&e)))
 }
@@ -261,7 +271,7 @@ fn delete(id: &str) -> Result<(), String> {
     if state.exists() {
         load(id)?.delete(true).map_err(|e| chain(&e))?;
     }
-    for dir in [bundle(id), state] {
+    for dir in [bundle(id), state, mapped::devices(id)] {
         match fs::remove_dir_all(&dir) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(doing("remove", &dir)(e)),
             _ => {}
@@ -316,8 +326,10 @@ fn make_cwd_below_read_only_root(create: &Create) -> Result<(), String> {
     if spec.mounts().iter().flatten().any(covers) {
         return Ok(());
     }
-    let made = pathrs::Root::open(root.path())
-        .and_then(|root| root.mkdir_all(cwd, &Permissions::from_mode(0o755)).map(|_| ()));
+    let made = mapped::as_root_of(create.users.as_ref(), || {
+        pathrs::Root::open(root.path())
+            .and_then(|root| root.mkdir_all(cwd, &Permissions::from_mode(0o755)).map(|_| ()))
+    });
     // A root that cannot be written at all: whether that matters, the container finds out.
     if let Err(e) = made {
         tracing::debug!("create {} below {}: {e}", cwd.display(), root.path().display());

@@ -11,7 +11,7 @@ use bulkhead_proto::{
     SHARE_TAG,
     agent::{
         ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest, EventsRequest,
-        ExecRequest, SignalRequest, Stdio, event::Kind,
+        ExecRequest, SignalRequest, Stdio, UserNamespace, event::Kind,
     },
     stream::{STREAM_PREFACE_LEN, Token, decode_stream},
 };
@@ -128,6 +128,14 @@ impl Host {
     }
 
     pub(crate) async fn configure(&mut self) -> ttrpc::Result<ConfigureResponse> {
+        self.configure_with(None).await
+    }
+
+    /// Like [`Host::configure`], with a user namespace for the pod.
+    pub(crate) async fn configure_with(
+        &mut self,
+        users: Option<UserNamespace>,
+    ) -> ttrpc::Result<ConfigureResponse> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         let request = ConfigureRequest {
             hostname: "pod".into(),
@@ -136,6 +144,7 @@ impl Host {
             sysctls: [("net.core.somaxconn".into(), "321".into()), ("kernel.shmmni".into(), "123".into())]
                 .into(),
             share_tag: SHARE_TAG.into(),
+            users: users.into(),
             ..Default::default()
         };
         self.vm.client.configure(context(), &request).await

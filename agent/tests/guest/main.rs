@@ -8,6 +8,7 @@ mod host;
 mod limits;
 mod processes;
 mod refusals;
+mod users;
 mod vm;
 
 use std::time::{Duration, Instant};

@@ -113,12 +113,14 @@ impl Agent {
         stream.map(GuestEvents).map_err(from_guest)
     }
 
-    /// Makes the guest a sandbox with this name, these sysctls and this network.
+    /// Makes the guest a sandbox with this name, these sysctls, this network and, if it is to have one, this user
+    /// namespace.
     pub async fn configure(
         &self,
         hostname: &str,
         sysctls: HashMap<String, String>,
         network: agent::Network,
+        users: Option<agent::UserNamespace>,
     ) -> Result<agent::ConfigureResponse, Fault> {
         let mut seed = vec![0; 64];
         getrandom::fill(&mut seed)
@@ -131,6 +133,7 @@ impl Agent {
             share_tag: SHARE_TAG.to_owned(),
             sysctls,
             network: Some(network).into(),
+            users: users.into(),
             ..Default::default()
         };
         self.call(self.client.configure(self.context(), &request)).await

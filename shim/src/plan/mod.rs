@@ -7,12 +7,14 @@ mod pod;
 mod role;
 mod sizing;
 mod spec;
+mod users;
 
 pub use devices::Disk;
 pub use mounts::{Bind, ReadOnly};
 pub use pod::{Dns, PodConfig};
 pub use role::{Role, role};
 pub use sizing::Sizing;
+pub use users::{IdMaps, IdRange};
 
 use std::{collections::HashMap, path::PathBuf};
 
@@ -60,6 +62,8 @@ pub struct ContainerPlan {
     pub disks: Vec<Disk>,
     /// The network namespace of the host that it is to be in, if it names one.
     pub network: Option<PathBuf>,
+    /// How its user namespace maps, if it has one.
+    pub users: Option<IdMaps>,
     /// Hooks for the host.
     pub hooks: HostHooks,
     /// First size of the terminal, in characters: width, height.
@@ -73,6 +77,7 @@ pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Faul
     let root_path = spec.root().as_ref().map_or_else(PathBuf::new, |r| r.path().clone());
     let root_read_only = spec.root().as_ref().is_some_and(|r| r.readonly().unwrap_or(false));
     let network = spec::network(&spec);
+    let users = users::of_spec(&spec)?;
     let hooks = spec::take_host_hooks(&mut spec)?;
     let (mut binds, mut disks) = (Vec::new(), Vec::new());
     // Of a sandbox nothing but its hooks is made: there is no process that would see the rest.
@@ -80,7 +85,7 @@ pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Faul
         let privileged = devices::is_privileged(&spec);
         disks = devices::disks(&spec);
         devices::translate(&mut spec, privileged)?;
-        binds = mounts::translate(&mut spec, id, role)?;
+        binds = mounts::translate(&mut spec, id, role, users.as_ref())?;
         spec::move_into_guest(&mut spec, id);
     }
     if role == Role::Member {
@@ -95,6 +100,7 @@ pub fn container(id: &ContainerId, mut spec: Spec) -> Result<ContainerPlan, Faul
         binds,
         disks,
         network,
+        users,
         hooks,
         console,
     })
@@ -116,6 +122,11 @@ pub fn machine(config: &Config, spec: &Spec, facts: &HostFacts) -> Result<Sizing
 /// The network namespace of a sandbox whose first container has `spec`; without one the sandbox has its own.
 pub fn network(spec: &Spec) -> Option<PathBuf> {
     spec::network(spec)
+}
+
+/// How the user namespace of a sandbox whose first container has `spec` maps, if it has one.
+pub fn users(spec: &Spec) -> Result<Option<IdMaps>, Fault> {
+    users::of_spec(spec)
 }
 
 /// The block devices of a sandbox whose first container has `spec`.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_proto::{SHARE_DIR, SHM_DIR};
 use oci_spec::runtime::{Mount, Spec};
 
-use super::{ContainerPlan, Role, refused};
+use super::{ContainerPlan, IdMaps, Role, refused, users};
 use crate::{
     error::{Fault, Kind},
     ids::ContainerId,
@@ -30,6 +30,8 @@ pub struct Bind {
     pub read_only: ReadOnly,
     /// What the host mounts below it later is seen as well (rslave).
     pub follows_host: bool,
+    /// How the owners of its files are mapped, if they are; and whether of what is mounted below it, too.
+    pub owners: Option<(IdMaps, bool)>,
 }
 
 /// How much of a bind mount cannot be written.
@@ -44,10 +46,16 @@ pub enum ReadOnly {
 }
 
 /// Gives every bind mount of the spec a place in the share and answers what must be put there.
-pub(super) fn translate(spec: &mut Spec, id: &ContainerId, role: Role) -> Result<Vec<Bind>, Fault> {
+pub(super) fn translate(
+    spec: &mut Spec,
+    id: &ContainerId,
+    role: Role,
+    users: Option<&IdMaps>,
+) -> Result<Vec<Bind>, Fault> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     let mut binds = Vec::new();
     for mount in &mut mounts {
+        let owners = users::of_mount(mount, users)?;
         let options = mount.options().clone().unwrap_or_default();
         let has = |word: &str| options.iter().any(|o| o == word);
         let kind = mount.typ().clone().unwrap_or_default();
@@ -68,6 +76,10 @@ pub(super) fn translate(spec: &mut Spec, id: &ContainerId, role: Role) -> Result
                     "only bind mounts and the kernel's own file systems can be mounted",
                 ));
             }
+            if owners.is_some() {
+                let what = format!("a mount of type {kind:?} at {} with mapped ids", destination.display());
+                return Err(refused(what, "only the owners of a bind mount's files can be mapped"));
+            }
             continue;
         }
         let source = mount.source().clone().ok_or_else(|| {
@@ -82,14 +94,16 @@ pub(super) fn translate(spec: &mut Spec, id: &ContainerId, role: Role) -> Result
             (false, false) => ReadOnly::No,
         };
         if read_only == ReadOnly::WithAllBelow {
-            // To the guest a bind is one file system, with all that is mounted below it on the host.
-            let mut plain: Vec<_> = options.iter().filter(|o| *o != "rro" && *o != "ro").cloned().collect();
+            // To the guest a bind is one file system, with all that is mounted below it on the host. A mapping of
+            // owners has left the options by now.
+            let given = mount.options().iter().flatten();
+            let mut plain: Vec<_> = given.filter(|o| *o != "rro" && *o != "ro").cloned().collect();
             plain.push("ro".to_owned());
             mount.set_options(Some(plain));
         }
         let recursive = has("rbind");
         let follows_host = !has("private") && !has("rprivate");
-        binds.push(Bind { slot, source, destination, recursive, read_only, follows_host });
+        binds.push(Bind { slot, source, destination, recursive, read_only, follows_host, owners });
     }
     spec.set_mounts(Some(mounts));
     Ok(binds)
@@ -109,8 +123,9 @@ impl ContainerPlan {
         mounts.push(bind(destination.into(), in_share(id, slot), options));
         self.guest_spec.set_mounts(Some(mounts));
         let read_only = if read_only { ReadOnly::Itself } else { ReadOnly::No };
-        let destination = destination.into();
-        self.binds.push(Bind { slot, source, destination, recursive: true, read_only, follows_host: false });
+        let (destination, recursive) = (destination.into(), true);
+        let follows_host = false;
+        self.binds.push(Bind { slot, source, destination, recursive, read_only, follows_host, owners: None });
     }
 
     /// Where the container's root needs a mount point: what is not below an earlier mount, each with the number of

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use protobuf::{CodedInputStream, rt::WireType};
 
-use super::refused;
+use super::{IdMaps, IdRange, refused};
 use crate::error::{Fault, Kind};
 
 /// A pod's wishes.
@@ -27,6 +27,8 @@ pub struct PodConfig {
     pub cpu_quota: i64,
     /// In microseconds.
     pub cpu_period: i64,
+    /// How its user namespace maps, if it is to have one.
+    pub users: Option<IdMaps>,
     namespaces: Namespaces,
 }
 
@@ -47,7 +49,6 @@ struct Namespaces {
     network: u64,
     pid: u64,
     ipc: u64,
-    user_mapped: bool,
 }
 
 /// `NamespaceMode.NODE`.
@@ -84,10 +85,10 @@ impl PodConfig {
                 return Err(refused(what, "the pod is a virtual machine with namespaces of its own"));
             }
         }
-        if self.namespaces.user_mapped {
-            return Err(refused("a user namespace (hostUsers: false)", "the guest does not map users yet"));
+        match &self.users {
+            Some(users) => users.check_namespace("userns_options: "),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn fields(&mut self, input: &mut CodedInputStream<'_>) -> protobuf::Result<()> {
@@ -115,7 +116,7 @@ impl PodConfig {
             // LinuxSandboxSecurityContext, its NamespaceOption.
             2 => nested(input, |input| {
                 each(input, |number, input| match number {
-                    1 => nested(input, |input| self.namespaces.fields(input)),
+                    1 => nested(input, |input| self.namespaces(input)),
                     _ => Err(skip()),
                 })
             }),
@@ -132,29 +133,43 @@ impl PodConfig {
             _ => Err(skip()),
         })
     }
-}
 
-impl Namespaces {
-    fn fields(&mut self, input: &mut CodedInputStream<'_>) -> protobuf::Result<()> {
+    /// NamespaceOption.
+    fn namespaces(&mut self, input: &mut CodedInputStream<'_>) -> protobuf::Result<()> {
         each(input, |number, input| match number {
-            1 => input.read_uint64().map(|n| self.network = n),
-            2 => input.read_uint64().map(|n| self.pid = n),
-            3 => input.read_uint64().map(|n| self.ipc = n),
+            1 => input.read_uint64().map(|n| self.namespaces.network = n),
+            2 => input.read_uint64().map(|n| self.namespaces.pid = n),
+            3 => input.read_uint64().map(|n| self.namespaces.ipc = n),
             // UserNamespace: its mode is POD, which is 0 and therefore not on the wire, or NODE.
             5 => {
-                let mut mode = 0;
+                let (mut mode, mut users) = (0, IdMaps::default());
                 nested(input, |input| {
                     each(input, |number, input| match number {
                         1 => input.read_uint64().map(|n| mode = n),
+                        2 => nested(input, |input| id_range(input, &mut users.uids)),
+                        3 => nested(input, |input| id_range(input, &mut users.gids)),
                         _ => Err(skip()),
                     })
                 })?;
-                self.user_mapped = mode != NODE;
+                self.users = (mode != NODE).then_some(users);
                 Ok(())
             }
             _ => Err(skip()),
         })
     }
+}
+
+/// IDMapping.
+fn id_range(input: &mut CodedInputStream<'_>, ranges: &mut Vec<IdRange>) -> protobuf::Result<()> {
+    let mut range = IdRange { container: 0, host: 0, size: 0 };
+    each(input, |number, input| match number {
+        1 => input.read_uint32().map(|n| range.host = n),
+        2 => input.read_uint32().map(|n| range.container = n),
+        3 => input.read_uint32().map(|n| range.size = n),
+        _ => Err(skip()),
+    })?;
+    ranges.push(range);
+    Ok(())
 }
 
 /// Says of a field that nobody wants it.
@@ -257,8 +272,20 @@ mod tests {
         assert!(refusal(&number(1, 2)).contains("hostNetwork"));
         assert!(refusal(&number(2, 2)).contains("hostPID"));
         assert!(refusal(&number(3, 2)).contains("hostIPC"));
-        assert!(refusal(&field(5, &[])).contains("hostUsers"));
-        pod(&field(5, &number(1, 2))).check().unwrap();
+        assert!(refusal(&field(5, &[])).contains("userns_options: uidMappings: no id is mapped"));
+        let node = pod(&field(5, &number(1, 2)));
+        node.check().unwrap();
+        assert_eq!(node.users, None);
+    }
+
+    #[test]
+    fn the_pods_user_namespace_is_read() {
+        let range = |host: u8, size: u8| [number(1, host), number(3, size)].concat();
+        let users = [field(2, &range(100, 10)), field(3, &range(50, 5))].concat();
+        let pod = PodConfig::read(&field(8, &field(2, &field(1, &field(5, &users))))).unwrap();
+        pod.check().unwrap();
+        let ids = |host, size| vec![IdRange { container: 0, host, size }];
+        assert_eq!(pod.users, Some(IdMaps { uids: ids(100, 10), gids: ids(50, 5) }));
     }
 
     proptest! {

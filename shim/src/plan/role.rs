@@ -50,7 +50,11 @@ pub(super) fn check(spec: &Spec, role: Role) -> Result<(), Fault> {
     for namespace in &namespaces {
         let Some(path) = namespace.path().as_ref().filter(|p| !p.as_os_str().is_empty()) else { continue };
         let of_the_pod = match role {
-            Role::Alone | Role::Sandbox => namespace.typ() == LinuxNamespaceType::Network,
+            Role::Alone => namespace.typ() == LinuxNamespaceType::Network,
+            // containerd keeps one to tell how users are mapped, which the spec does as well.
+            Role::Sandbox => {
+                matches!(namespace.typ(), LinuxNamespaceType::Network | LinuxNamespaceType::User)
+            }
             Role::Member => shared_path(namespace.typ()).is_some(),
         };
         if !of_the_pod {
@@ -85,6 +89,7 @@ fn shared_path(kind: LinuxNamespaceType) -> Option<PathBuf> {
         LinuxNamespaceType::Ipc => "ipc",
         LinuxNamespaceType::Uts => "uts",
         LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::User => "user",
         _ => return None,
     };
     Some(Path::new(NAMESPACE_DIR).join(name))

@@ -272,3 +272,43 @@ fn a_pod_is_sized_by_the_sums_that_containerd_states() {
     });
     assert_eq!(pod, Sizing { vcpus: 3, memory: SizeMib(356) });
 }
+
+#[test]
+fn users_of_a_pod_are_those_of_its_first_spec_and_its_members_join_them() {
+    use oci_spec::runtime::LinuxNamespaceType;
+
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    let with_users = |namespace: Value, kind: Option<&'static str>| {
+        let map = map.clone();
+        spec(move |s| {
+            s["linux"]["namespaces"].as_array_mut().unwrap().push(namespace);
+            s["linux"]["uidMappings"] = map.clone();
+            s["linux"]["gidMappings"] = map.clone();
+            let bind = json!({
+                "destination": "/v", "type": "bind", "source": "/host/v", "options": ["rbind", "idmap"],
+                "uidMappings": map, "gidMappings": map,
+            });
+            s["mounts"].as_array_mut().unwrap().push(bind);
+            if let Some(kind) = kind {
+                s["annotations"] = json!({"io.kubernetes.cri.container-type": kind});
+            }
+        })
+    };
+    let path = json!({"type": "user", "path": "/proc/9/ns/user"});
+    let sandbox = container(&id(), with_users(path.clone(), Some("sandbox"))).unwrap();
+    assert_eq!(sandbox.users.as_ref().unwrap().root(), (100_000, 100_000));
+    let member = container(&id(), with_users(path.clone(), Some("container"))).unwrap();
+    let namespaces = member.guest_spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    let user = namespaces.iter().find(|n| n.typ() == LinuxNamespaceType::User).unwrap();
+    assert_eq!(user.path().as_deref(), Some(std::path::Path::new("/run/bulkhead/ns/user")));
+    assert_eq!(member.binds[0].owners, sandbox.users.clone().map(|users| (users, false)));
+    let mount = member.guest_spec.mounts().as_ref().unwrap().last().unwrap().clone();
+    assert_eq!((mount.options().clone(), mount.uid_mappings()), (Some(vec!["rbind".to_owned()]), &None));
+    let alone = container(&id(), with_users(path, None)).unwrap_err().message;
+    assert!(alone.contains("joining the user namespace /proc/9/ns/user"), "{alone}");
+    let said = refusal(|s| {
+        let mounts = s["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/t", "type": "tmpfs", "uidMappings": map, "gidMappings": map}));
+    });
+    assert!(said.contains("\"tmpfs\" at /t with mapped ids"), "{said}");
+}

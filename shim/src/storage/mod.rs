@@ -2,6 +2,7 @@
 //! Knows mounts, devices and paths of the host, nothing of the guest beyond the share's layout.
 
 mod disk;
+mod idmap;
 mod mount;
 mod pod;
 mod points;

@@ -7,10 +7,12 @@ use std::{
 };
 
 use nix::{
-    mount::{MsFlags, mount as sys_mount},
+    mount::{MntFlags, MsFlags, mount as sys_mount, umount2},
     sched::{CloneFlags, unshare},
     sys::statvfs::{FsFlags, statvfs},
 };
+
+use super::idmap::Owners;
 
 /// The kernel copies at most one page of mount data (mount(2)).
 const PAGE: usize = 4096;
@@ -70,6 +72,21 @@ pub enum MountError {
         #[source]
         source: io::Error,
     },
+    /// The owners of files could not be mapped.
+    #[error("map the owners of the files in {}; its file system may not be able to", path.display())]
+    Owners {
+        /// Which files.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// An overlay whose layers have no directory in common but the root.
+    #[error("mount overlay at {}: its layers share no directory whose owners could be mapped", target.display())]
+    NoBase {
+        /// Where.
+        target: PathBuf,
+    },
     /// More layers than fit, even with short names.
     #[error("mount {kind} at {}: its options have {length} bytes, the kernel takes {PAGE}", target.display())]
     TooLong {
@@ -91,9 +108,56 @@ pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> Res
     if data.len() < PAGE {
         return mount_here(kind, source, flags, &data, target);
     }
-    let Some((base, short)) = shorten(&data).filter(|(_, short)| short.len() < PAGE) else {
+    let Some((base, short)) = shorten(&data) else {
         return Err(MountError::TooLong { kind: kind.into(), target: target.into(), length: data.len() });
     };
+    mount_from(&base, kind, source, flags, &short, target)
+}
+
+/// Like [`mount`], but the owners of the files are `owners`. Those of an overlay are of its lower layers, which are
+/// seen at the directory `layers` for the time of the call.
+pub(super) fn mount_owned(
+    kind: &str,
+    source: &str,
+    options: &[String],
+    owners: &Owners,
+    layers: &Path,
+    target: &Path,
+) -> Result<(), MountError> {
+    let fault = |path: &Path| {
+        let path = path.to_owned();
+        move |source| MountError::Owners { path, source }
+    };
+    if kind != "overlay" {
+        mount(kind, source, options, target)?;
+        let (flags, _) = parse(options);
+        let below = flags.contains(MsFlags::MS_REC);
+        let read_only = flags.contains(MsFlags::MS_RDONLY);
+        owners.bind(target, target, below, below, false).map_err(fault(target))?;
+        return if read_only { make_read_only(target) } else { Ok(()) };
+    }
+    let (flags, data) = parse(options);
+    let (base, short) = shorten(&data).ok_or_else(|| MountError::NoBase { target: target.to_owned() })?;
+    owners.bind(&base, layers, false, false, false).map_err(fault(&base))?;
+    make_read_only(layers)?;
+    let mounted = mount_from(layers, kind, source, flags, &short, target);
+    // The overlay has its own hold of its layers.
+    umount2(layers, MntFlags::MNT_DETACH).map_err(|e| fault(layers)(e.into()))?;
+    mounted
+}
+
+/// Mounts with the working directory `base`, on a thread that ends.
+fn mount_from(
+    base: &Path,
+    kind: &str,
+    source: &str,
+    flags: MsFlags,
+    data: &str,
+    target: &Path,
+) -> Result<(), MountError> {
+    if data.len() >= PAGE {
+        return Err(MountError::TooLong { kind: kind.into(), target: target.into(), length: data.len() });
+    }
     let fault = |source_error: io::Error| MountError::Mount {
         kind: kind.into(),
         source_name: source.into(),
@@ -104,8 +168,8 @@ pub fn mount(kind: &str, source: &str, options: &[String], target: &Path) -> Res
         scope
             .spawn(|| {
                 unshare(CloneFlags::CLONE_FS).map_err(|e| fault(e.into()))?;
-                std::env::set_current_dir(&base).map_err(fault)?;
-                mount_here(kind, source, flags, &short, target)
+                std::env::set_current_dir(base).map_err(fault)?;
+                mount_here(kind, source, flags, data, target)
             })
             .join()
             .unwrap_or_else(|_| Err(fault(io::Error::other("the mounting thread panicked"))))

@@ -4,6 +4,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::chown,
     path::{Path, PathBuf},
 };
 
@@ -30,7 +31,8 @@ impl PodFiles {
 
     /// Makes them as containerd's CRI does: the host's own hosts, and its resolv.conf where the pod names no
     /// servers.
-    pub fn write(&self, hostname: &str, dns: &Dns) -> Result<(), Fault> {
+    /// They are files of the pod's root, whose ids in the machine are `root`.
+    pub fn write(&self, hostname: &str, dns: &Dns, root: (u32, u32)) -> Result<(), Fault> {
         let host = |path: &str| match fs::read_to_string(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(String::new()),
             text => text,
@@ -43,7 +45,9 @@ impl PodFiles {
                 ("hosts", host("/etc/hosts")?),
                 ("resolv.conf", resolv),
             ] {
-                fs::write(self.dir.join(name), text)?;
+                let path = self.dir.join(name);
+                fs::write(&path, text)?;
+                chown(&path, Some(root.0), Some(root.1))?;
             }
             Ok(())
         };
@@ -93,7 +97,8 @@ mod tests {
     #[test]
     fn files_are_made_with_the_pods_name() {
         let tmp = tempfile::tempdir().unwrap();
-        PodFiles::new(tmp.path()).write("web", &Dns::default()).unwrap();
+        let own = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        PodFiles::new(tmp.path()).write("web", &Dns::default(), own).unwrap();
         let read = |name: &str| fs::read_to_string(tmp.path().join("etc").join(name)).unwrap();
         assert_eq!(read("hostname"), "web\n");
         assert_eq!(read("hosts"), fs::read_to_string("/etc/hosts").unwrap_or_default());

@@ -15,13 +15,14 @@ use std::{
 };
 
 use super::{
-    mount::{self, MountError, mount},
+    idmap::Owners,
+    mount::{self, MountError, mount, mount_owned},
     points::make_point,
 };
 use crate::{
     ids::ContainerId,
     ledger::{Entry, Ledger, LedgerError},
-    plan::{Bind, ReadOnly},
+    plan::{Bind, IdMaps, ReadOnly},
     process::mount_points,
     sandbox::model::RootMount,
 };
@@ -61,6 +62,18 @@ pub enum ShareError {
     /// A mount failed.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// What containerd says of a mount cannot be understood.
+    #[error("{0}")]
+    Words(String),
+    /// A user namespace that maps owners could not be made.
+    #[error("make a user namespace to map the owners of {}", path.display())]
+    Users {
+        /// Of which files.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The ledger could not be kept.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
@@ -115,7 +128,12 @@ impl Share {
             let target = if part.target.is_empty() { root.to_owned() } else { inside(root, &part.target) };
             ledger.record(mount_entry(&target, id))?;
             fail_point!(RootRecorded);
-            mount(&part.kind, &part.source, &part.options, &target)?;
+            let (owners, options) =
+                IdMaps::take(&part.options).map_err(|fault| ShareError::Words(fault.message))?;
+            match owners {
+                None => mount(&part.kind, &part.source, &options, &target)?,
+                Some(owners) => self.mount_owned(ledger, id, part, &options, &owners, &target)?,
+            }
             fail_point!(RootMounted);
         }
         let folder = self.container_dir(id);
@@ -140,6 +158,24 @@ impl Share {
         Ok(())
     }
 
+    /// Mounts a part of a root with files of other owners than on its disk.
+    fn mount_owned(
+        &self,
+        ledger: &mut Ledger,
+        id: &ContainerId,
+        part: &RootMount,
+        options: &[String],
+        owners: &IdMaps,
+        target: &Path,
+    ) -> Result<(), ShareError> {
+        let layers = self.dir.with_file_name("layers").join(id.as_str());
+        ledger.record(Entry::Directory { path: layers.clone(), container: Some(id.to_string()) })?;
+        ledger.record(mount_entry(&layers, id))?;
+        make_dir(&layers)?;
+        mount_owned(&part.kind, &part.source, options, &users(owners, target)?, &layers, target)?;
+        Ok(())
+    }
+
     /// Shows one bind mount to the guest. Answers whether parts of a read-only one, which are mounted below it, can
     /// be written all the same.
     pub fn add_bind(&self, ledger: &mut Ledger, id: &ContainerId, bind: &Bind) -> Result<bool, ShareError> {
@@ -158,7 +194,12 @@ impl Share {
         fail_point!(BindPlaced);
         ledger.record(mount_entry(&target, id))?;
         fail_point!(BindRecorded);
-        mount::bind(&bind.source, &target, bind.recursive, bind.follows_host)?;
+        match &bind.owners {
+            None => mount::bind(&bind.source, &target, bind.recursive, bind.follows_host)?,
+            Some((owners, below)) => users(owners, &bind.source)?
+                .bind(&bind.source, &target, bind.recursive, *below, bind.follows_host)
+                .map_err(|source| MountError::Owners { path: bind.source.clone(), source })?,
+        }
         fail_point!(BindMounted);
         if bind.read_only == ReadOnly::No {
             return Ok(false);
@@ -184,6 +225,10 @@ fn points_below(target: &Path) -> Result<Vec<PathBuf>, ShareError> {
     points.sort();
     points.dedup();
     Ok(points)
+}
+
+fn users(owners: &IdMaps, path: &Path) -> Result<Owners, ShareError> {
+    Owners::new(owners).map_err(|source| ShareError::Users { path: path.to_owned(), source })
 }
 
 fn mount_entry(target: &Path, id: &ContainerId) -> Entry {

@@ -9,6 +9,7 @@ mod figures;
 mod network;
 mod pod;
 mod refusals;
+mod userns;
 mod volumes;
 
 use std::process::ExitCode;
@@ -16,6 +17,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let tests = [
         pod::TESTS,
+        userns::TESTS,
         network::TESTS,
         exec::TESTS,
         figures::TESTS,

@@ -14,6 +14,7 @@ mod run;
 mod security;
 mod task;
 mod terminal;
+mod userns;
 
 use std::process::ExitCode;
 
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         network::TESTS,
         task::TESTS,
         terminal::TESTS,
+        userns::TESTS,
         events::TESTS,
         badinput::TESTS,
         ends::TESTS,

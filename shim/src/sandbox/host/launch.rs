@@ -27,6 +27,7 @@ use crate::{
     error::{Fault, Kind},
     guest::{self, Agent, GuestEvents},
     ids::{ContainerId, ProcessKey},
+    plan::IdMaps,
     stdio::Hub,
     storage::Disks,
     tasks, trace,
@@ -161,7 +162,8 @@ impl Host {
         let network = joined.instrument(info_span!("join")).await?;
         let first = network.clone().unwrap_or_default();
         fail_point!(Configure);
-        let configured = agent.configure(hostname, wanted.sysctls.clone(), first);
+        let users = wanted.users.as_ref().map(IdMaps::message);
+        let configured = agent.configure(hostname, wanted.sysctls.clone(), first, users);
         let began = Instant::now();
         let guest = configured.instrument(info_span!("configure")).await?;
         fail_point!(Configured);

@@ -14,7 +14,7 @@ use crate::{
     cgroup,
     config::Config,
     error::{Fault, Kind},
-    plan::{self, Disk, HostFacts, Sizing},
+    plan::{self, Disk, HostFacts, IdMaps, Sizing},
     storage::PodFiles,
 };
 
@@ -33,6 +33,8 @@ pub(super) struct Wanted {
     pub(super) netns: Option<PathBuf>,
     /// Block devices of the host that it is to have.
     pub(super) disks: Vec<Disk>,
+    /// How the pod's user namespace maps, if it has one.
+    pub(super) users: Option<IdMaps>,
 }
 
 impl Host {
@@ -53,6 +55,7 @@ impl Host {
             sysctls: plan::pod_sysctls(&spec),
             netns: plan::network(&spec),
             disks: plan::disks(&spec),
+            users: plan::users(&spec)?,
         })
     }
 
@@ -63,7 +66,8 @@ impl Host {
         let own = own_hostname();
         let hostname = if pod.hostname.is_empty() { own } else { pod.hostname.clone() };
         let files = PodFiles::new(&self.dir);
-        files.write(&hostname, &pod.dns)?;
+        let users = pod.users;
+        files.write(&hostname, &pod.dns, users.as_ref().map_or((0, 0), IdMaps::root))?;
         fail_point!(PodFiles);
         let cgroup = Some(pod.cgroup_parent).filter(|parent| !parent.is_empty());
         let cgroup = cgroup.map(|parent| cgroup::below(&parent, &self.identity.id));
@@ -71,7 +75,7 @@ impl Host {
         let sysctls = pod.sysctls;
         // The sandbox API names a pod before its containers, hence before their devices.
         let disks = Vec::new();
-        *lock(&self.pod) = Some(Wanted { config, sizing, cgroup, hostname, sysctls, netns, disks });
+        *lock(&self.pod) = Some(Wanted { config, sizing, cgroup, hostname, sysctls, netns, disks, users });
         Ok(())
     }
 
