@@ -139,7 +139,7 @@ async fn run(
     }
 
     tasks::spawn(end_on_signal(handle));
-    driver.run().await;
+    let all_taken_back = driver.run().await;
     kill_point!(TeardownDone);
     // At once: what is left to do is to tell containerd, and whoever ends this process meanwhile would leave
     // the socket.
@@ -147,8 +147,11 @@ async fn run(
 
     let _ = tokio::time::timeout(LAST_EVENTS, drained).await;
     // containerd hangs up when it has read the answer to its Shutdown. If we did, it would now and then see the end
-    // of the connection before the answer, which is there as well, and tell its user of a failure.
-    let _ = tokio::time::timeout(LAST_ANSWERS, connections.gone()).await;
+    // of the connection before the answer, which is there as well, and tell its user of a failure. Where something is
+    // left it does not hang up: it calls `delete` when we do.
+    if all_taken_back {
+        let _ = tokio::time::timeout(LAST_ANSWERS, connections.gone()).await;
+    }
     let _ = tokio::time::timeout(LAST_ANSWERS, server.shutdown()).await;
     info!("sandbox ended");
     Ok(())

@@ -94,8 +94,8 @@ impl Driver {
         (driver, Handle { requests: send, counters })
     }
 
-    /// Runs until the sandbox has been shut down.
-    pub async fn run(mut self) {
+    /// Runs until the sandbox has been shut down; answers whether everything could be taken back.
+    pub async fn run(mut self) -> bool {
         loop {
             let input = tokio::select! {
                 Some((request, answer)) = self.requests.recv() => {
@@ -107,13 +107,13 @@ impl Driver {
                 Some(input) = self.inputs.recv() => input,
             };
             debug!(?input, "input");
-            let mut quit = false;
+            let (mut quit, failed) = (false, matches!(input, Input::Done(Done::Teardown(Err(_)))));
             for effect in self.sandbox.handle(input) {
                 quit |= effect == Effect::Quit;
                 self.carry_out(effect);
             }
             if quit {
-                return;
+                return !failed;
             }
             self.tell_state();
         }
