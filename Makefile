@@ -1,9 +1,9 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build image kernel parts test lint critest bench fuzz node node-run node-down bench-kvm bench-node
+.PHONY: help run up down env build image kernel parts test test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 run: ## from a fresh clone to a container in its own VM; leaves a private containerd up
 	@scripts/run
@@ -31,6 +31,9 @@ parts: ## the real clients and servers of the tests, pinned and cached; prints t
 
 test: ## every group of tests; the functional one a second time in a VM with KVM (tests/run GROUP… for some)
 	@tests/run
+
+test-matrix: ## a pod's whole life through every containerd that is supported, by each way of making pods
+	@tests/run matrix
 
 lint: ## rustfmt, clippy, shellcheck
 	@scripts/lint

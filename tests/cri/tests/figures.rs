@@ -21,15 +21,17 @@ fn stats(t: &mut Context<'_>) -> Result<()> {
     let a = t.run_in(&pod, "a", hold)?;
     let b = t.run_in(&pod, "b", SLEEPER)?;
     t.exec_in(&a, "until [ \"$(stat -c %s /dev/shm/hold)\" = 20971520 ]; do sleep 0.1; done")?;
-    let used = |id: &str| -> Result<u64> {
-        let all: Value = serde_json::from_str(&t.crictl_ok(&["stats", "--output", "json", "--id", id])?)?;
-        let bytes = &all["stats"][0]["memory"]["workingSetBytes"]["value"];
-        bytes.as_str().and_then(|text| text.parse().ok()).with_context(|| format!("no working set in {all}"))
-    };
-    let (a, b) = (used(&a)?, used(&b)?);
+    let (a, b) = (working_set(t, &a)?, working_set(t, &b)?);
     ensure!(a > 20 << 20, "{a} bytes");
     ensure!(b < 15 << 20, "{b} bytes");
     t.remove_pod(&pod)
+}
+
+/// Bytes, as `crictl stats` tells them.
+pub(crate) fn working_set(t: &Context<'_>, id: &str) -> Result<u64> {
+    let all: Value = serde_json::from_str(&t.crictl_ok(&["stats", "--output", "json", "--id", id])?)?;
+    let bytes = &all["stats"][0]["memory"]["workingSetBytes"]["value"];
+    bytes.as_str().and_then(|text| text.parse().ok()).with_context(|| format!("no working set in {all}"))
 }
 
 fn pod_stats(t: &mut Context<'_>) -> Result<()> {

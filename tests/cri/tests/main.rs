@@ -6,6 +6,7 @@
 mod ends;
 mod exec;
 mod figures;
+mod life;
 mod network;
 mod pod;
 mod refusals;
@@ -16,6 +17,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let tests = [
+        life::TESTS,
         pod::TESTS,
         userns::TESTS,
         network::TESTS,
