@@ -53,6 +53,16 @@ pub(crate) fn apply(request: &ConfigureRequest) -> Result<ConfigureResponse> {
     Ok(ConfigureResponse { kernel_release: kernel_release(), controllers, ..Default::default() })
 }
 
+/// Has the kernel let go of files that it remembers for the next time. Those of a container that is gone are never
+/// asked for again, and as long as they are remembered virtiofsd keeps them open on the host (FUSE_FORGET).
+/// Those of other containers are looked up once more; there is no way to name some of them alone
+/// (Documentation/admin-guide/sysctl/vm.rst, drop_caches).
+pub(crate) fn forget_unused_files() {
+    if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "2") {
+        tracing::warn!(%error, "files of a deleted container stay open on the host");
+    }
+}
+
 /// Sysctls that belong to the pod's namespaces.
 pub(crate) fn namespaced_sysctls(request: &ConfigureRequest) -> Vec<(String, String)> {
     let ours = |key: &str| is_net(key) || is_ipc(key);

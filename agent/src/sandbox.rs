@@ -440,6 +440,8 @@ impl Sandbox {
                 if let Some(watch) = removed.and_then(|container| container.oom_watch) {
                     watch.abort();
                 }
+                // Nobody waits for it.
+                drop(tokio::task::spawn_blocking(configure::forget_unused_files));
             }
             Err(_) => {
                 self.release(id, before);
