@@ -136,6 +136,14 @@ impl Share {
             }
             fail_point!(RootMounted);
         }
+        // Before any guest sees it. Of a root that is not there the bind below tells.
+        let wanted = if read_only && root.is_dir() { points } else { &[] };
+        for (destination, folder) in wanted {
+            make_point(root, destination, *folder).map_err(|source| ShareError::Make {
+                path: inside(root, &destination.to_string_lossy()),
+                source,
+            })?;
+        }
         let folder = self.container_dir(id);
         ledger.record(Entry::Directory { path: folder.clone(), container: Some(id.to_string()) })?;
         make_dir(&folder.join("mounts"))?;
@@ -144,14 +152,6 @@ impl Share {
         ledger.record(mount_entry(&target, id))?;
         mount::bind(root, &target, true, false)?;
         if read_only {
-            for (destination, folder) in points {
-                let made = make_point(&target, destination, *folder);
-                let fault = |source| ShareError::Make {
-                    path: inside(&target, &destination.to_string_lossy()),
-                    source,
-                };
-                made.map_err(fault)?;
-            }
             mount::make_read_only(&target)?;
         }
         fail_point!(RootShared);
