@@ -13,20 +13,26 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    pin::Pin,
     process::Stdio,
+    task::{Context, Poll},
     time::Duration,
 };
 
 use command_fds::{CommandFdExt, FdMapping};
 use nix::{
+    fcntl::{FcntlArg, fcntl},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use tokio::{
+    io::AsyncWrite,
     net::unix::pipe,
     process::{Child, Command},
+    task::JoinHandle,
 };
 use tracing::warn;
 
@@ -73,7 +79,54 @@ pub(crate) struct Logger {
 }
 
 /// The ends of its pipes for stdout and stderr.
-pub(crate) type Pipes = [pipe::Sender; 2];
+pub(crate) type Pipes = [LogPipe; 2];
+
+/// A pipe to the program, shut down when the program has read all of it: nerdctl's drops what it has not read when
+/// it hears of the container's end.
+///
+/// No event tells that a pipe is empty, but that there is room in it. So it has one page, in which there is room
+/// only when nothing is.
+pub(crate) struct LogPipe {
+    sender: pipe::Sender,
+    emptied: Option<JoinHandle<io::Result<()>>>,
+}
+
+/// One page, the least that a pipe can have (pipe(7)).
+const PIPE_SIZE: i32 = 4096;
+
+impl LogPipe {
+    fn new(end: io::PipeWriter) -> io::Result<Self> {
+        let end = OwnedFd::from(end);
+        fcntl(&end, FcntlArg::F_SETPIPE_SZ(PIPE_SIZE))?;
+        Ok(Self { sender: pipe::Sender::from_owned_fd(end)?, emptied: None })
+    }
+}
+
+/// Blocks until the pipe has been read, its last reader has gone, or it is too late.
+fn wait_until_empty(end: &OwnedFd) -> io::Result<()> {
+    let late = PollTimeout::try_from(AFTER_TERM).unwrap_or(PollTimeout::MAX);
+    poll(&mut [PollFd::new(end.as_fd(), PollFlags::POLLOUT)], late)?;
+    Ok(())
+}
+
+impl AsyncWrite for LogPipe {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.sender).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.sender).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.emptied.is_none() {
+            let end = self.sender.as_fd().try_clone_to_owned()?;
+            self.emptied = Some(tokio::task::spawn_blocking(move || wait_until_empty(&end)));
+        }
+        let emptied = self.emptied.as_mut().expect("set above");
+        Pin::new(emptied).poll(cx).map(|done| done.unwrap_or_else(|e| Err(io::Error::other(e))))
+    }
+}
 
 impl Logger {
     /// Starts the program that `uri` names and waits until it is ready.
@@ -135,8 +188,8 @@ fn spawn(program: &Path, query: &str, context: &LoggerContext) -> io::Result<(Ch
     let child = command.spawn()?;
     // The command still holds the child's ends.
     drop(command);
-    let sender = |end: io::PipeWriter| pipe::Sender::from_owned_fd(end.into());
-    Ok((child, [sender(out_write)?, sender(err_write)?], pipe::Receiver::from_owned_fd(ready_read.into())?))
+    let pipes = [LogPipe::new(out_write)?, LogPipe::new(err_write)?];
+    Ok((child, pipes, pipe::Receiver::from_owned_fd(ready_read.into())?))
 }
 
 /// Undoes the percent encoding of a query.
@@ -195,6 +248,23 @@ mod tests {
         drop((out, err));
         logger.end().await;
         assert_eq!(std::fs::read_to_string(tmp.path().join("out")).unwrap(), "hello");
+    }
+
+    #[tokio::test]
+    async fn it_has_read_all_before_its_pipe_is_shut_down() {
+        let tmp = tempfile::tempdir().unwrap();
+        // It begins to read when it is told to.
+        nix::unistd::mkfifo(&tmp.path().join("go"), nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+        let script = "exec 5>&-; read go <$1/go; exec cat <&3 >$1/out";
+        let (logger, [mut out, err]) = Logger::start(&uri(tmp.path(), script), &context()).await.unwrap();
+        out.write_all(&[b'x'; 4000]).await.unwrap();
+        let early = tokio::time::timeout(Duration::from_millis(50), out.shutdown()).await;
+        assert!(early.is_err(), "nobody has read it");
+        std::fs::write(tmp.path().join("go"), "\n").unwrap();
+        out.shutdown().await.unwrap();
+        drop((out, err));
+        logger.end().await;
+        assert_eq!(std::fs::metadata(tmp.path().join("out")).unwrap().len(), 4000);
     }
 
     #[tokio::test]
