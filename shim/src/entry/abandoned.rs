@@ -9,7 +9,7 @@ use std::{
     ffi::OsString,
     io,
     os::{fd::OwnedFd, unix::process::CommandExt},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -22,27 +22,43 @@ use tracing::{error, warn};
 /// How long a sandbox whose bundle is gone may take to end by itself: it does after an ordinary Shutdown.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Runs `delete` for this very process when its bundle has gone and it has not ended soon after.
+/// Runs `delete` for this very process when its bundle has gone and it has not ended soon after. What happens to
+/// the bundle from the call on is noticed, whenever the answer is awaited.
 pub(super) fn take_back_when_abandoned(flags: &Flags, bundle: &Path) -> impl Future<Output = ()> + use<> {
-    wait_and_take_back(bundle.to_owned(), arguments(flags, bundle))
+    let (watch, arguments) = (watch(bundle), arguments(flags, bundle));
+    async move {
+        let gone = async { gone(watch?).await };
+        if let Err(error) = gone.await {
+            warn!(%error, "cannot watch the bundle");
+            return;
+        }
+        tokio::time::sleep(GRACE).await;
+        error!("containerd has removed the bundle without ending the sandbox: taking it back");
+        take_back(&arguments);
+    }
 }
 
-async fn wait_and_take_back(bundle: PathBuf, arguments: Vec<OsString>) {
-    if let Err(error) = gone(&bundle).await {
-        warn!(%error, "cannot watch the bundle");
-        return;
-    }
-    tokio::time::sleep(GRACE).await;
-    error!("containerd has removed the bundle without ending the sandbox: taking it back");
-    if let Err(error) = run_delete(&arguments) {
+/// Runs `delete` for this very process: containerd was never told that it is there.
+pub(super) fn take_back_untold(flags: &Flags, bundle: &Path) {
+    error!("start was killed before it could tell containerd of this process: taking the sandbox back");
+    take_back(&arguments(flags, bundle));
+}
+
+fn take_back(arguments: &[OsString]) {
+    if let Err(error) = run_delete(arguments) {
         error!(%error, "run delete");
     }
 }
 
-/// Resolves when the directory has been removed, or moved away to be removed.
-async fn gone(bundle: &Path) -> io::Result<()> {
+fn watch(bundle: &Path) -> io::Result<Inotify> {
     let watch = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
     watch.add_watch(bundle, AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF)?;
+    Ok(watch)
+}
+
+/// Resolves when the watched directory has been removed, or moved away to be removed. A process that works in it
+/// learns of the latter alone: to the kernel it is there as long as somebody does.
+async fn gone(watch: Inotify) -> io::Result<()> {
     // Readable as a pipe is, which is all that is needed.
     let watch = pipe::Receiver::from_owned_fd_unchecked(OwnedFd::from(watch))?;
     watch.readable().await.map(drop)
@@ -78,7 +94,7 @@ mod tests {
         for moved in [true, false] {
             let bundle = tmp.path().join("b");
             std::fs::create_dir(&bundle).unwrap();
-            let mut watching = std::pin::pin!(gone(&bundle));
+            let mut watching = std::pin::pin!(gone(watch(&bundle).unwrap()));
             let early = tokio::time::timeout(Duration::from_millis(50), &mut watching).await;
             assert!(early.is_err(), "it is still there");
             if moved {

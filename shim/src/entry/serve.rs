@@ -106,7 +106,8 @@ async fn run(
     let (publisher, drained) = Publisher::new(&address, &flags.namespace, counters.clone());
     let bundle = std::env::current_dir().map_err(|e| format!("find the bundle: {e}"))?;
     tasks::spawn(abandoned::take_back_when_abandoned(flags, &bundle));
-    let identity = Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle };
+    let identity =
+        Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle: bundle.clone() };
     let (own, inputs) = mpsc::unbounded_channel();
     if let Some(path) = &config.trace_file
         && let Some(began) = std::env::var(STARTED_ENV).ok().and_then(|t| t.parse().ok())
@@ -133,9 +134,11 @@ async fn run(
     server.start().await.map_err(|e| format!("serve: {e}"))?;
     info!(id = flags.id, namespace = flags.namespace, "serving");
     fail_point!(SandboxServing);
-    if let Some(mut start) = start.take() {
-        // It may have been killed, which is no reason not to serve.
-        let _ = start.write_all(READY);
+    if let Some(mut start) = start.take()
+        && start.write_all(READY).is_err()
+    {
+        // Its bundle may have gone before it was watched.
+        abandoned::take_back_untold(flags, &bundle);
     }
 
     tasks::spawn(end_on_signal(handle));

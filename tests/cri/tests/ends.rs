@@ -64,6 +64,8 @@ fn machine_killed(t: &mut Context<'_>) -> Result<()> {
     let status = inspect(t, "inspect", &a)?;
     ensure!(status["status"]["state"] == "CONTAINER_EXITED", "{status}");
     ensure!(status["status"]["exitCode"] == 137, "{status}");
+    // Of the pod's end containerd learns by itself, and not from who stops the pod meanwhile.
+    events.wait_for_text(&format!("CONTAINER_STOPPED_EVENT {}", pod.id))?;
     t.crictl_ok(&["stopp", &pod.id])?;
     let status = inspect(t, "inspectp", &pod.id)?;
     ensure!(status["status"]["state"] == "SANDBOX_NOTREADY", "{status}");
