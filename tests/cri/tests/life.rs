@@ -2,11 +2,20 @@
 //! every containerd that is supported: `tests/run matrix` asks each of them.
 
 use anyhow::{Result, ensure};
-use harness::{Context, Test};
+use harness::{Context, Settings, Test};
 
 use crate::{figures::working_set, pod::inspect};
 
-pub(crate) const TESTS: &[Test] = &[Test::common("life::of_a_pod_through_a_restart_of_containerd", whole)];
+pub(crate) const TESTS: &[Test] =
+    &[Test::common("life::of_a_pod_through_a_restart_of_containerd", whole).unless(pods_are_lost)];
+
+/// Its sandbox controller confuses the folders of state and of content when it looks for shims that run
+/// (plugins/sandbox/controller.go); mended in 2.1.
+fn pods_are_lost(settings: &Settings) -> Option<&'static str> {
+    let api = settings.handler == "bulkhead";
+    (api && settings.version.starts_with("2.0."))
+        .then_some("containerd 2.0 does not find pods of the sandbox API again when it is restarted")
+}
 
 fn whole(t: &mut Context<'_>) -> Result<()> {
     let pod = t.pod("p", |_| {})?;

@@ -34,14 +34,19 @@ impl Node {
                 plugins = plugins.display()
             )
         } else {
+            // A list since 2.1.
+            let bin = if settings.version.starts_with("2.0.") {
+                format!("bin_dir = \"{}\"", plugins.display())
+            } else {
+                format!("bin_dirs = [\"{}\"]", plugins.display())
+            };
             format!(
                 "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\n  sandbox = \"{PAUSE}\"\n\
                  [plugins.\"{section}\"]\n  restrict_oom_score_adj = true\n  \
                  netns_mounts_under_state_dir = true\n[plugins.\"{section}\".cni]\n  \
-                 bin_dirs = [\"{plugins}\"]\n  conf_dir = \"{dir}/cni\"\n\
+                 {bin}\n  conf_dir = \"{dir}/cni\"\n\
                  [plugins.\"io.containerd.grpc.v1.cri\"]\n  stream_server_address = \"127.0.0.1\"\n  \
-                 stream_server_port = \"0\"\n",
-                plugins = plugins.display()
+                 stream_server_port = \"0\"\n"
             )
         };
         text += &format!("[plugins.\"{section}\".containerd]\n  default_runtime_name = \"runc\"\n");
