@@ -20,7 +20,7 @@ const SLEEPER: &str = "trap 'exit 0' TERM; sleep 1000 & wait";
 const WARM: usize = 5;
 /// How many descriptors more than then are no growth: those of what happens at the moment of the count, and those of
 /// the files of the container that went last, which the guest gives back in its own time.
-const SLACK: usize = 20;
+const SLACK: usize = 40;
 /// How many pods at once.
 const AT_ONCE: usize = 20;
 
