@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build image kernel parts test test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
+.PHONY: help run up down env build bundle image kernel parts test test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,9 @@ env: ## settings for a shell: eval "$(make -s env)", then plain ctr and bulkhead
 
 build: ## the programs and the guest's root image
 	@scripts/build
+
+bundle: ## what `bulkhead install` puts onto a node, in one folder; prints its path
+	@scripts/bundle
 
 image: ## the guest's root image alone; prints its path
 	@scripts/build image

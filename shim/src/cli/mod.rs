@@ -3,7 +3,9 @@
 
 mod check;
 mod collect;
+mod containerd;
 mod generate;
+mod install;
 mod logs;
 mod metrics;
 mod output;
@@ -45,6 +47,10 @@ enum Command {
     Logs(logs::Arguments),
     /// Put all that a report of a fault needs into one archive
     Collect(collect::Arguments),
+    /// Put bulkhead into place on this node and register it with containerd
+    Install(install::Install),
+    /// Take back what `bulkhead install` did on this node
+    Uninstall(install::Uninstall),
     /// Print the versions of bulkhead and of what it works with
     Version(Report),
     /// Print a completion script for a shell
@@ -96,6 +102,8 @@ impl Cli {
             Command::Metrics(arguments) => metrics::run(&arguments, self.config.as_deref(), out)?,
             Command::Logs(arguments) => logs::run(&arguments, self.config.as_deref(), out)?,
             Command::Collect(arguments) => collect::run(&arguments, self.config.as_deref(), out)?,
+            Command::Install(arguments) => install::install(&arguments, self.config.as_deref(), out)?,
+            Command::Uninstall(arguments) => install::uninstall(&arguments, self.config.as_deref(), out)?,
             Command::Version(report) => version::run(report, self.config.as_deref(), out)?,
             Command::Completions { shell } => generate::completions(shell, Self::command(), out)?,
             Command::Man { directory } => generate::man(Self::command(), &directory)?,

@@ -15,17 +15,26 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// # Errors
 /// A sentence on why there is no answer, without the program's name.
 pub(super) fn answer(program: &Path, arguments: &[&str]) -> Result<String, String> {
+    answer_within(program, arguments, PATIENCE)
+}
+
+/// As [`answer`], of a program that may take longer.
+pub(super) fn answer_within(
+    program: &Path,
+    arguments: &[&str],
+    patience: Duration,
+) -> Result<String, String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| format!("cannot be waited for: {error}"))?;
     let output = runtime.block_on(async {
         let child = Command::new(program).args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
-        tokio::time::timeout(PATIENCE, child).await
+        tokio::time::timeout(patience, child).await
     });
     let asked = arguments.join(" ");
     match output {
-        Err(_) => Err(format!("does not answer to `{asked}` within {} s", PATIENCE.as_secs())),
+        Err(_) => Err(format!("does not answer to `{asked}` within {} s", patience.as_secs())),
         Ok(Err(error)) => Err(format!("cannot be started: {error}")),
         Ok(Ok(output)) if !output.status.success() => {
             let said = String::from_utf8_lossy(&output.stderr);

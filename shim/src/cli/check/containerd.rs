@@ -2,28 +2,13 @@
 //! The daemon is asked for by its socket, so that a private one is looked at and not the system's.
 
 use std::ffi::OsString;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-
-use super::super::process;
+use super::super::containerd::{self, Daemon, RUNTIME, SHIM, listening, number, on_path, plain};
 use super::Fact;
-
-const RUNTIME: &str = "io.containerd.bulkhead.v2";
-const SHIM: &str = "containerd-shim-bulkhead-v2";
-const DEFAULT_CONFIG: &str = "/etc/containerd/config.toml";
 
 /// The oldest containerd whose contract the shim is tested against.
 const OLDEST: (u32, u32) = (1, 7);
-
-/// A daemon that listens.
-struct Daemon {
-    pid: u32,
-    program: PathBuf,
-    config: PathBuf,
-    path: OsString,
-}
 
 pub(super) fn facts(address: &Path) -> Vec<Fact> {
     let address = &plain(address);
@@ -44,65 +29,22 @@ pub(super) fn facts(address: &Path) -> Vec<Fact> {
     }
 }
 
-/// Clients of containerd take the address with a scheme as well.
-fn plain(address: &Path) -> PathBuf {
-    address.to_str().and_then(|text| text.strip_prefix("unix://")).map_or(address.to_owned(), PathBuf::from)
-}
-
-/// The daemon behind the socket.
-fn listening(address: &Path) -> Result<Daemon, String> {
-    let stream = UnixStream::connect(address).map_err(|error| error.to_string())?;
-    // Who listens, not who accepts (unix(7), SO_PEERCRED).
-    let peer = getsockopt(&stream, PeerCredentials).map_err(|error| error.desc().to_owned())?;
-    let pid = u32::try_from(peer.pid()).ok().filter(|pid| *pid > 0);
-    let pid = pid.ok_or("it runs in a process namespace that is hidden from this one")?;
-    let program =
-        process::link(pid, "exe").ok_or_else(|| format!("its process {pid} cannot be looked at"))?;
-    let cwd = process::link(pid, "cwd").unwrap_or_else(|| "/".into());
-    let config = config_argument(&process::arguments(pid)).unwrap_or(DEFAULT_CONFIG.into());
-    let path = process::variable(pid, "PATH").unwrap_or_default().into();
-    Ok(Daemon { pid, program, config: cwd.join(config), path })
-}
-
-/// The configuration file in the arguments of a containerd.
-fn config_argument(arguments: &[String]) -> Option<PathBuf> {
-    let mut arguments = arguments.iter();
-    while let Some(argument) = arguments.next() {
-        let (name, value) = match argument.split_once('=') {
-            Some((name, value)) => (name, Some(value.to_owned())),
-            None => (argument.as_str(), None),
-        };
-        if ["--config", "-config", "-c"].contains(&name) {
-            return value.or_else(|| arguments.next().cloned()).map(PathBuf::from);
-        }
-    }
-    None
-}
-
 fn version(daemon: &Daemon, address: &Path) -> Fact {
     let Daemon { pid, program, .. } = daemon;
-    match process::answer(program, &["--version"]) {
+    match containerd::version(program) {
         Err(reason) => Fact::warning(
             "containerd",
             format!("{} (pid {pid}) {reason}", program.display()),
             "restart containerd if its program was replaced",
         ),
-        Ok(said) => {
-            // "containerd <module> <version> <commit>"
-            let version = said.split_whitespace().nth(2).unwrap_or("of unknown version");
+        Ok(version) => {
             let detail = format!("{version} at {} (pid {pid})", address.display());
-            if number(version).is_some_and(|number| number < OLDEST) {
+            if number(&version).is_some_and(|number| number < OLDEST) {
                 return Fact::warning("containerd", detail, "use 1.7 or later; older ones are untested");
             }
             Fact::ok("containerd", detail)
         }
     }
-}
-
-/// The first two numbers of a version such as `v2.4.2` or `1.7.24~ds1`.
-fn number(version: &str) -> Option<(u32, u32)> {
-    let mut parts = version.trim_start_matches('v').split('.');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 fn shim(daemon: &Daemon) -> Fact {
@@ -122,26 +64,14 @@ fn shim_on(search: &OsString, beside: Option<&Path>, whose: &str) -> Fact {
     }
 }
 
-fn on_path(program: &str, search: &OsString) -> Option<PathBuf> {
-    std::env::split_paths(search).map(|folder| folder.join(program)).find(|path| path.is_file())
-}
-
 fn runtime(daemon: &Daemon) -> Fact {
-    const NAME: &str = "runtime";
-    let config = daemon.config.display().to_string();
-    let mut arguments = vec!["--config", &config];
-    // A file that is named and missing is an error; without any, containerd has defaults.
-    if !daemon.config.exists() {
-        arguments.clear();
-    }
-    arguments.extend(["config", "dump"]);
-    match process::answer(&daemon.program, &arguments) {
+    match containerd::dump(&daemon.program, &daemon.config) {
         Err(reason) => Fact::warning(
-            NAME,
+            "runtime",
             format!("{} {reason}", daemon.program.display()),
             "correct containerd's configuration",
         ),
-        Ok(dump) => registered(&dump, &config),
+        Ok(dump) => registered(&dump, &daemon.config.display().to_string()),
     }
 }
 
@@ -155,25 +85,12 @@ fn registered(dump: &str, file: &str) -> Fact {
             return Fact::warning(NAME, detail, "report it, with the version of containerd");
         }
     };
-    let ours = |runtime: &toml::Value| {
-        let kind = runtime.get("runtime_type").and_then(toml::Value::as_str).unwrap_or_default();
-        kind == RUNTIME || Path::new(kind).file_name().is_some_and(|name| name == SHIM)
-    };
-    let plugins = ["io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri"];
-    let handlers: Vec<&str> = plugins
-        .iter()
-        .filter_map(|plugin| {
-            table.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?.as_table()
-        })
-        .flatten()
-        .filter(|(_, runtime)| ours(runtime))
-        .map(|(name, _)| name.as_str())
-        .collect();
+    let handlers = containerd::handlers(&table);
     if handlers.is_empty() {
         return Fact::warning(
             NAME,
             format!("{file} registers no runtime of type {RUNTIME} with CRI; ctr and nerdctl need none"),
-            "for Kubernetes, add the drop-in from configs/containerd/ and restart containerd",
+            "for Kubernetes: `bulkhead install`, or the drop-in from configs/containerd/ and a restart of containerd",
         );
     }
     Fact::ok(NAME, format!("{file} registers {RUNTIME} with CRI as `{}`", handlers.join("`, `")))
@@ -181,30 +98,8 @@ fn registered(dump: &str, file: &str) -> Fact {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
-
     use super::super::Status;
     use super::*;
-
-    fn words(text: &str) -> Vec<String> {
-        text.split(' ').map(str::to_owned).collect()
-    }
-
-    #[test]
-    fn the_configuration_of_a_daemon_is_in_its_arguments() {
-        for text in ["containerd --config /a", "containerd -c /a --log-level debug", "containerd --config=/a"]
-        {
-            assert_eq!(config_argument(&words(text)), Some("/a".into()), "{text}");
-        }
-        assert_eq!(config_argument(&words("containerd --log-level debug")), None);
-    }
-
-    #[test]
-    fn versions_compare_by_number() {
-        assert_eq!(number("v2.4.2"), Some((2, 4)));
-        assert_eq!(number("1.7.24~ds1"), Some((1, 7)));
-        assert!(number("1.6.20").unwrap() < OLDEST && number("v1.10.0").unwrap() > OLDEST);
-    }
 
     #[test]
     fn our_drop_ins_count_as_registered() {
@@ -233,23 +128,6 @@ mod tests {
         std::fs::write(folder.path().join(SHIM), "").unwrap();
         assert_eq!(shim_on(&"/nonexistent".into(), Some(folder.path()), "x").status, Status::Ok);
         assert_eq!(shim_on(&folder.path().into(), None, "x").status, Status::Ok);
-    }
-
-    #[test]
-    fn an_address_may_have_its_scheme() {
-        assert_eq!(plain(Path::new("unix:///run/c.sock")), Path::new("/run/c.sock"));
-        assert_eq!(plain(Path::new("/run/c.sock")), Path::new("/run/c.sock"));
-    }
-
-    #[test]
-    fn the_listener_behind_a_socket_is_found() {
-        let folder = tempfile::tempdir().unwrap();
-        let address = folder.path().join("s");
-        assert!(listening(&address).is_err());
-        let _listener = UnixListener::bind(&address).unwrap();
-        let daemon = listening(&address).unwrap_or_else(|reason| panic!("{reason}"));
-        assert_eq!(daemon.pid, std::process::id());
-        assert_eq!(daemon.program, std::env::current_exe().unwrap());
     }
 
     #[test]

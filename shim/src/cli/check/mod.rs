@@ -108,6 +108,11 @@ pub(super) struct Answer {
 }
 
 impl Containerd {
+    /// Its socket, as it was named.
+    pub(super) fn address(&self) -> &Path {
+        &self.address
+    }
+
     /// All facts, and the worst verdict among them.
     pub(super) fn answer(&self, source: &Source) -> Answer {
         let facts = facts(source, &self.address);
