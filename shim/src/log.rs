@@ -28,9 +28,9 @@ use tracing_subscriber::{
 
 use crate::kept::Kept;
 
-/// Sends every message of at least `level` to the fifo at `path`, and finished spans to `trace` if given. Answers
-/// where the last lines are kept, once that is told a file.
-pub fn init(path: &Path, level: &str, trace: Option<&Path>) -> Kept {
+/// Sends every message of at least `level` to the fifo at `path`, and finished spans to the process's trace if it
+/// has one. Answers where the last lines are kept, once that is told a file.
+pub fn init(path: &Path, level: &str, traced: bool) -> Kept {
     let kept = Kept::default();
     let level = level.parse().unwrap_or(LevelFilter::INFO);
     // Not tracing's EnvFilter: its patterns bring a second engine of regular expressions with them.
@@ -39,7 +39,7 @@ pub fn init(path: &Path, level: &str, trace: Option<&Path>) -> Kept {
         .event_format(Logfmt)
         .with_writer(Fifo::new(path.to_owned(), kept.clone()))
         .with_filter(filter);
-    let spans = trace.and_then(|path| crate::trace::Layer::new(path).ok());
+    let spans = traced.then_some(crate::trace::Layer);
     // Fails only where somebody has set a subscriber before, as tests do.
     let _ = tracing_subscriber::registry().with(lines).with(spans).try_init();
     kept

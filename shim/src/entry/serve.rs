@@ -75,7 +75,13 @@ fn serve_told(flags: &Flags, start: &mut Option<PipeWriter>) -> Result<(), Strin
     let loaded = Config::load(None);
     let config = loaded.as_ref().map_or_else(|_| Config::default(), Clone::clone);
     let level = if flags.debug { "debug" } else { config.log_level.as_str() };
-    let kept = crate::log::init(Path::new("log"), level, config.trace_file.as_deref());
+    let began = began();
+    let traced =
+        config.trace_file.as_deref().map(|path| trace::begin(path, &flags.namespace, &flags.id, began));
+    let kept = crate::log::init(Path::new("log"), level, matches!(traced, Some(Ok(()))));
+    if let (Some(Err(error)), Some(path)) = (traced, &config.trace_file) {
+        warn!(%error, "no trace is written to {}", path.display());
+    }
     become_subreaper();
     // One thread: children die with the thread that made them (PR_SET_PDEATHSIG), and this is the one that
     // lives as long as the process.
@@ -88,9 +94,16 @@ fn serve_told(flags: &Flags, start: &mut Option<PipeWriter>) -> Result<(), Strin
         error!("{reason}");
     }
     let _ = std::fs::remove_file(&flags.socket);
+    trace::end();
     // Blocking jobs that hang must not keep the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
+}
+
+/// When containerd called `start`, which has told it; else now.
+fn began() -> SystemTime {
+    let told = std::env::var(STARTED_ENV).ok().and_then(|nanos| nanos.parse().ok());
+    told.map_or_else(SystemTime::now, |nanos| SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos))
 }
 
 async fn run(
@@ -109,11 +122,7 @@ async fn run(
     let identity =
         Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle: bundle.clone() };
     let (own, inputs) = mpsc::unbounded_channel();
-    if let Some(path) = &config.trace_file
-        && let Some(began) = std::env::var(STARTED_ENV).ok().and_then(|t| t.parse().ok())
-    {
-        trace::append(path, "start", SystemTime::UNIX_EPOCH + Duration::from_nanos(began), SystemTime::now());
-    }
+    trace::append("start", began(), SystemTime::now());
     let host =
         Host::new(identity, config, loaded.err(), own.clone(), counters).map_err(|e: Fault| e.to_string())?;
     let log = host.dir().join(SHIM_LOG);

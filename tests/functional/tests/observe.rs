@@ -1,5 +1,6 @@
 //! What an operator sees of pods: their figures, their logs, and a report of a fault.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("observe::figures_of_the_node", OURS, figures_of_the_node),
     Test::bulkhead("observe::logs", OURS, logs),
     Test::bulkhead("observe::report_without_secrets", OURS, report_without_secrets),
+    Test::bulkhead("observe::spans_for_opentelemetry", OURS, spans_for_opentelemetry),
 ];
 
 const OURS: &str = "runc's shim tells nothing of itself";
@@ -229,4 +231,35 @@ fn report_without_secrets(t: &mut Context) -> Result<()> {
         ensure!(!text.contains(form), "{form} is in the report");
     }
     t.remove("c")
+}
+
+fn spans_for_opentelemetry(t: &mut Context) -> Result<()> {
+    let file = t.dir().join("spans.jsonl");
+    t.set_config("", "trace_file", file.display().to_string().into())?;
+    t.run_ok(&[], &["true"])?;
+    let text = std::fs::read_to_string(&file)?;
+    let mut names = Vec::new();
+    let (mut traces, mut roots, mut parents) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    for line in text.lines() {
+        let request: serde_json::Value = serde_json::from_str(line)?;
+        let resource = request["resourceSpans"][0]["resource"].to_string();
+        ensure!(
+            resource.contains("containerd.sandbox.id") && resource.contains(t.node().namespace()),
+            "{line}"
+        );
+        let span = &request["resourceSpans"][0]["scopeSpans"][0]["spans"][0];
+        let field = |key: &str| span[key].as_str().unwrap_or_default().to_owned();
+        let nanos = |key: &str| field(key).parse::<u64>();
+        ensure!(nanos("startTimeUnixNano")? <= nanos("endTimeUnixNano")?, "{line}");
+        traces.insert(field("traceId"));
+        let set = if field("parentSpanId").is_empty() { &mut roots } else { &mut parents };
+        set.insert(if field("parentSpanId").is_empty() { field("spanId") } else { field("parentSpanId") });
+        names.push(field("name"));
+    }
+    for name in ["start", "plan", "launch", "kernel", "hello", "configure", "create", "teardown", "pod"] {
+        ensure!(names.iter().any(|known| known == name), "no span {name} among {names:?}");
+    }
+    ensure!(traces.len() == 1 && roots.len() == 1, "{text}");
+    ensure!(parents.is_superset(&roots), "nothing is under the pod's span: {text}");
+    Ok(())
 }

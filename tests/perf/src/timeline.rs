@@ -3,11 +3,12 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::Context;
-use serde::{Deserialize, Serialize};
+use anyhow::{Context, ensure};
+use serde::Serialize;
+use serde_json::Value;
 
-/// A stage, as the shim writes it and as it is reported.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+/// A stage, as it is reported.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Span {
     pub(crate) name: String,
     pub(crate) start_unix_nanos: u64,
@@ -20,17 +21,40 @@ impl Span {
     }
 }
 
-/// Reads the spans of a file of JSON lines, in the order of their starts; a file that is not there has none.
+/// The span of a pod's whole life, which is no stage.
+const WHOLE: &str = "pod";
+
+/// Reads the spans of a file of OTLP's JSON lines, in the order of their starts; a file that is not there has none.
 pub(crate) fn read(path: &Path) -> anyhow::Result<Vec<Span>> {
     let text = match std::fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         other => other.with_context(|| format!("cannot read {}", path.display()))?,
     };
-    let parse =
-        |line| serde_json::from_str(line).with_context(|| format!("{}: not a span: {line}", path.display()));
-    let mut spans: Vec<Span> = text.lines().map(parse).collect::<anyhow::Result<_>>()?;
+    let parse = |line| stages(line).with_context(|| format!("{}: not spans: {line}", path.display()));
+    let mut spans: Vec<Span> = text.lines().map(parse).collect::<anyhow::Result<Vec<_>>>()?.concat();
+    spans.retain(|span| span.name != WHOLE);
     spans.sort_by_key(|span| (span.start_unix_nanos, std::cmp::Reverse(span.end_unix_nanos)));
     Ok(spans)
+}
+
+/// The spans of one line.
+fn stages(line: &str) -> anyhow::Result<Vec<Span>> {
+    let request: Value = serde_json::from_str(line)?;
+    let list = |value: &Value, key: &str| value[key].as_array().cloned().unwrap_or_default();
+    let scopes = list(&request, "resourceSpans").into_iter().flat_map(|of| list(&of, "scopeSpans"));
+    let spans = scopes.flat_map(|scope| list(&scope, "spans"));
+    let stage = |span: Value| {
+        // Numbers of 64 bits are text in this format.
+        let nanos = |key: &str| span[key].as_str()?.parse().ok();
+        Some(Span {
+            name: span["name"].as_str()?.to_owned(),
+            start_unix_nanos: nanos("startTimeUnixNano")?,
+            end_unix_nanos: nanos("endTimeUnixNano")?,
+        })
+    };
+    let stages: Vec<Span> = spans.map(stage).collect::<Option<_>>().context("a span lacks a field")?;
+    ensure!(!stages.is_empty(), "it has none");
+    Ok(stages)
 }
 
 /// Seconds from the start of the first stage of one name to the end of the first of another.
@@ -124,12 +148,19 @@ mod tests {
     #[test]
     fn spans_are_read_in_order_and_other_keys_ignored() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let lines = "{\"pid\":1,\"name\":\"b\",\"start_unix_nanos\":5,\"end_unix_nanos\":9}\n\
-                     {\"pid\":1,\"name\":\"a\",\"start_unix_nanos\":1,\"end_unix_nanos\":4}\n";
-        std::fs::write(file.path(), lines).unwrap();
+        let line = |name: &str, from: u64, to: u64| {
+            let span = serde_json::json!({ "name": name, "kind": 1, "startTimeUnixNano": from.to_string(),
+                "endTimeUnixNano": to.to_string() });
+            serde_json::json!({ "resourceSpans": [{ "scopeSpans": [{ "spans": [span] }] }] }).to_string()
+                + "\n"
+        };
+        let lines = [line("b", 5, 9), line("a", 1, 4), line(WHOLE, 0, 99)];
+        std::fs::write(file.path(), lines.concat()).unwrap();
         assert_eq!(read(file.path()).unwrap(), [span("a", 1, 4), span("b", 5, 9)]);
         std::fs::write(file.path(), "nonsense\n").unwrap();
-        assert!(read(file.path()).unwrap_err().to_string().ends_with("not a span: nonsense"));
+        assert!(read(file.path()).unwrap_err().to_string().ends_with("not spans: nonsense"));
+        std::fs::write(file.path(), "{}\n").unwrap();
+        assert!(read(file.path()).is_err());
         assert!(read(Path::new("/nonexistent")).unwrap().is_empty());
     }
 

@@ -150,10 +150,8 @@ impl Host {
         let (agent, hello) = hello.await.map_err(|e| Fault::of(Kind::Unavailable, &e))?;
         fail_point!(HelloSaid);
         self.counters.stage("hello", began.elapsed());
-        if let Some(path) = &config.trace_file {
-            let now = SystemTime::now();
-            trace::append(path, "kernel", now - Duration::from_nanos(hello.uptime_nanos), now);
-        }
+        let now = SystemTime::now();
+        trace::append("kernel", now - Duration::from_nanos(hello.uptime_nanos), now);
         debug!(kernel = hello.kernel, agent = hello.agent, "guest is up");
         let events = agent.events().await?;
         // A container without a name of its own has the host's, as with runc.
