@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env build bundle image kernel parts test test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
+.PHONY: help run up down env k8s k8s-down build bundle image kernel parts test test-k8s test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,12 @@ down: ## end it and everything that runs in it; images stay in .run/root
 
 env: ## settings for a shell: eval "$(make -s env)", then plain ctr and bulkhead
 	@scripts/env
+
+k8s: ## start a private Kubernetes of two nodes on this machine; prints how to reach it
+	@scripts/k8s
+
+k8s-down: ## end it and everything that runs in it
+	@scripts/k8s-down
 
 build: ## the programs and the guest's root image
 	@scripts/build
@@ -34,6 +40,9 @@ parts: ## the real clients and servers of the tests, pinned and cached; prints t
 
 test: ## every group of tests; the functional one a second time in a VM with KVM (tests/run GROUP… for some)
 	@tests/run
+
+test-k8s: ## what a user of kubectl sees, in a Kubernetes of its own
+	@tests/run k8s
 
 test-matrix: ## a pod's whole life through every containerd that is supported, by each way of making pods
 	@tests/run matrix

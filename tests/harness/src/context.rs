@@ -25,6 +25,7 @@ pub struct Context<'a> {
     before: Snapshot,
     log_start: u64,
     changed_config: bool,
+    applied: Vec<PathBuf>,
 }
 
 /// How long what a test used may take to vanish after the test's last command.
@@ -36,11 +37,12 @@ impl<'a> Context<'a> {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let before = Snapshot::take(node)?;
         let log_start = node.log_position();
-        Ok(Self { node, name, dir, before, log_start, changed_config: false })
+        Ok(Self { node, name, dir, before, log_start, changed_config: false, applied: Vec::new() })
     }
 
     /// Ends the test: puts everything back that the test changed in the node, and finds what was left.
     pub(crate) fn finish(mut self) -> Result<()> {
+        self.delete_applied()?;
         self.restore_config()?;
         self.node.disarm();
         let mut left = Vec::new();
@@ -81,6 +83,11 @@ impl<'a> Context<'a> {
     /// The containerd.
     pub fn node(&mut self) -> &mut Node {
         self.node
+    }
+
+    /// Manifests that the test has applied to its cluster.
+    pub(crate) fn applied(&mut self) -> &mut Vec<PathBuf> {
+        &mut self.applied
     }
 
     pub(crate) fn node_ref(&self) -> &Node {
@@ -281,6 +288,9 @@ impl<'a> Context<'a> {
     }
 
     pub(crate) fn log_tail(&self) -> String {
+        if self.node.cluster_dir().exists() {
+            return self.node.cluster_complaints();
+        }
         self.node.log_since(self.log_start, 30)
     }
 

@@ -86,6 +86,7 @@ impl Snapshot {
                 rest.insert(format!("loop device {name} of {file}"));
             }
         }
+        rest.extend(node.in_cluster()?);
         Ok(Self { processes: processes(node), rest })
     }
 
@@ -121,7 +122,7 @@ pub(crate) fn settle(node: &Node, before: &Snapshot, patience: Duration) -> Resu
         if now.left_since(before).is_empty() {
             return Ok(now.lost_since(before).into_iter().map(|l| format!("lost: {l}")).collect());
         }
-        let watch = Watch::arm(&now, before)?;
+        let watch = Watch::arm(node, &now, before)?;
         // Once more, for what changed before the watch was armed.
         let now = Snapshot::take(node)?;
         let left = now.left_since(before);
@@ -138,14 +139,15 @@ pub(crate) fn settle(node: &Node, before: &Snapshot, patience: Duration) -> Resu
 
 /// Everything whose change can make a leftover disappear.
 struct Watch {
-    mounts: File,
+    mounts: Vec<File>,
     directories: OwnedFd,
     processes: Vec<OwnedFd>,
 }
 
 impl Watch {
-    fn arm(now: &Snapshot, before: &Snapshot) -> Result<Self> {
-        let mounts = File::open("/proc/thread-self/mountinfo")?;
+    fn arm(node: &Node, now: &Snapshot, before: &Snapshot) -> Result<Self> {
+        let mut mounts = node.cluster_mounts();
+        mounts.push(File::open("/proc/thread-self/mountinfo")?);
         let directories = inotify::init(inotify::CreateFlags::CLOEXEC)?;
         let events =
             inotify::WatchFlags::DELETE | inotify::WatchFlags::MOVED_FROM | inotify::WatchFlags::DELETE_SELF;
@@ -161,10 +163,8 @@ impl Watch {
     }
 
     fn wait(&self, time: Duration) -> Result<()> {
-        let mut fds = vec![
-            PollFd::new(&self.mounts, PollFlags::PRI | PollFlags::ERR),
-            PollFd::new(&self.directories, PollFlags::IN),
-        ];
+        let mut fds = vec![PollFd::new(&self.directories, PollFlags::IN)];
+        fds.extend(self.mounts.iter().map(|table| PollFd::new(table, PollFlags::PRI | PollFlags::ERR)));
         fds.extend(self.processes.iter().map(|p| PollFd::new(p, PollFlags::IN)));
         poll(&mut fds, Some(&timespec(time))).context("wait for leftovers to go")?;
         Ok(())
@@ -172,7 +172,7 @@ impl Watch {
 }
 
 /// "<mount point> <type> <source>" of a line of mountinfo.
-fn mount_line(line: &str) -> Option<String> {
+pub(crate) fn mount_line(line: &str) -> Option<String> {
     let (left, right) = line.split_once(" - ")?;
     let point = left.split(' ').nth(4)?;
     let mut right = right.split(' ');
@@ -210,7 +210,7 @@ fn is_containerds_own(path: &Path, namespace: &str) -> bool {
 
 /// Control groups below that of the containerd namespace, in every hierarchy. The namespace's own is
 /// left by runc, and removed with the node.
-fn cgroups_of(namespace: &str) -> Vec<PathBuf> {
+pub(crate) fn cgroups_of(namespace: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     walk(Path::new("/sys/fs/cgroup"), 6, &mut |path| {
         let inside = path.components().any(|c| c.as_os_str() == namespace) && !path.ends_with(namespace);
@@ -237,6 +237,8 @@ fn loop_devices() -> Vec<(String, String)> {
 pub(crate) fn processes(node: &Node) -> BTreeSet<ProcessInfo> {
     let own = fs::metadata("/proc/thread-self/ns/mnt").map(|m| m.ino()).unwrap_or(0);
     let dir = node.dir().display().to_string();
+    // Of a cluster's nodes, which have namespaces of their own.
+    let (namespaces, cgroups) = node.cluster_marks();
     let mut found = BTreeSet::new();
     let mut members: BTreeSet<u32> = BTreeSet::new();
     let mut strangers = Vec::new();
@@ -260,12 +262,18 @@ pub(crate) fn processes(node: &Node) -> BTreeSet<ProcessInfo> {
             .filter(|a| !a.is_empty())
             .map(|a| String::from_utf8_lossy(a).into_owned())
             .collect();
+        if args.first().is_some_and(|program| node.is_cluster_daemon(program)) {
+            continue;
+        }
         let name = args.first().map_or(name, |a| a.rsplit('/').next().unwrap_or(a).to_string());
         let args = if args.is_empty() { vec![format!("[{name}]")] } else { args };
         let info = ProcessInfo { pid, parent, name, args };
-        let in_namespace = fs::metadata(format!("/proc/{pid}/ns/mnt")).is_ok_and(|m| m.ino() == own);
-        let in_cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup"))
-            .is_ok_and(|c| c.contains(&format!("/{}/", node.mark())));
+        let in_namespace = fs::metadata(format!("/proc/{pid}/ns/mnt"))
+            .is_ok_and(|m| m.ino() == own || namespaces.contains(&format!("mnt:[{}]", m.ino())));
+        let in_cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| {
+            let inside = |name: &str| text.contains(&format!("/{name}/"));
+            inside(node.mark()) || cgroups.iter().any(|name| inside(name))
+        });
         if in_namespace || in_cgroup || info.args.iter().any(|a| a.contains(&dir)) {
             members.insert(pid);
             found.insert(info);

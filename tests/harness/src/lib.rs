@@ -5,6 +5,7 @@
 //! Each worker thread of a suite has a mount namespace, a network namespace, a `/run` and a containerd of
 //! its own ([`Node`]), so two tests can run at once and each leak is the fault of exactly one of them.
 
+mod cluster;
 mod command;
 mod context;
 mod cri;
@@ -24,6 +25,7 @@ mod settings;
 mod spec;
 mod watch;
 
+pub use cluster::NODES;
 pub use command::{Exit, Output, Proc, Run, signal_process, wait_for_exit};
 pub use context::Context;
 pub use cri::Pod;
@@ -36,7 +38,8 @@ pub use pace::stretched;
 pub use parts::Part;
 pub use pty::Pty;
 pub use runner::{
-    Scope, Test, run_suite, run_suite_with_nerdctl, run_suite_with_pods, run_suite_without_containerd,
+    Scope, Test, run_suite, run_suite_with_cluster, run_suite_with_nerdctl, run_suite_with_pods,
+    run_suite_without_containerd,
 };
 pub use settings::{Runtime, Settings};
 /// The shim's configuration.

@@ -62,6 +62,16 @@ impl Node {
         node.begin()
     }
 
+    /// The same with a Kubernetes, whose nodes have containerds of their own.
+    pub(crate) fn with_cluster(settings: Arc<Settings>, dir: PathBuf, mark: String) -> Result<Self> {
+        let node = Self::bare(settings, dir, mark)?;
+        if let Err(error) = node.start_cluster() {
+            node.end_cluster().ok();
+            return Err(error);
+        }
+        Ok(node)
+    }
+
     /// The same without a containerd: the test plays it.
     pub(crate) fn bare(settings: Arc<Settings>, dir: PathBuf, mark: String) -> Result<Self> {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
@@ -188,7 +198,7 @@ impl Node {
 
     /// Ends containerd and everything that belongs to this node, by force where it must be, and removes its files.
     pub(crate) fn destroy(mut self) -> Result<()> {
-        let ended = self.end(Signal::TERM);
+        let ended = self.end(Signal::TERM).and(self.end_cluster());
         leak::kill_all(&self);
         leak::remove_cgroups(&self.mark);
         leak::unmount_below(&self.dir);

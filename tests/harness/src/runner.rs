@@ -113,6 +113,7 @@ enum Daemon {
     Containerd,
     WithCri,
     WithNerdctl,
+    Cluster,
 }
 
 /// Runs the tests that the command line asks for, each with a containerd at its side.
@@ -128,6 +129,11 @@ pub fn run_suite_with_pods(suite: &str, tests: &[Test]) -> ExitCode {
 /// The same with what nerdctl needs beside it.
 pub fn run_suite_with_nerdctl(suite: &str, tests: &[Test]) -> ExitCode {
     run(suite, tests, Daemon::WithNerdctl)
+}
+
+/// The same with a Kubernetes instead, one for all tests: it is brought up again only after one that failed.
+pub fn run_suite_with_cluster(suite: &str, tests: &[Test]) -> ExitCode {
+    run(suite, tests, Daemon::Cluster)
 }
 
 /// The same for tests that play containerd themselves.
@@ -162,7 +168,11 @@ fn try_run(suite: &str, tests: &[Test], containerd: Daemon) -> Result<bool> {
     println!(
         "{suite}: {} tests, runtime {}, {} {}",
         chosen.len(),
-        if containerd == Daemon::WithCri { &settings.handler } else { &settings.runtime_name },
+        if matches!(containerd, Daemon::WithCri | Daemon::Cluster) {
+            &settings.handler
+        } else {
+            &settings.runtime_name
+        },
         if containerd == Daemon::None { "no containerd; would be" } else { "containerd" },
         settings.version
     );
@@ -184,7 +194,8 @@ fn try_run(suite: &str, tests: &[Test], containerd: Daemon) -> Result<bool> {
             None => queue.push_back(test),
         }
     }
-    let threads = arguments.threads.unwrap_or(2).clamp(1, queue.len().max(1));
+    let most = if containerd == Daemon::Cluster { 1 } else { 2 };
+    let threads = arguments.threads.unwrap_or(most).clamp(1, queue.len().max(1));
     let shared = Shared {
         settings,
         containerd,
@@ -246,6 +257,7 @@ impl Shared {
             Daemon::Containerd => Node::start,
             Daemon::WithCri => Node::with_cri,
             Daemon::WithNerdctl => Node::with_nerdctl,
+            Daemon::Cluster => Node::with_cluster,
         };
         let node = isolate_thread().and_then(|()| start(Arc::clone(&self.settings), dir, mark));
         let mut node = match node {
