@@ -23,7 +23,7 @@ use std::{
 
 use bulkhead_proto::agent::{
     ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, ForwardRequest, GuestProcess,
-    Network, ResizePtyRequest, SignalRequest, Stdio, UpdateRequest,
+    Network, ResizePtyRequest, ResizeRequest, ResizeResponse, SignalRequest, Stdio, UpdateRequest,
 };
 use tokio::{sync::Notify, task::AbortHandle, time::timeout};
 
@@ -34,7 +34,7 @@ use crate::{
     events::Events,
     forward,
     launcher::{Create, LastMile, LaunchError, Launched, Launcher, Size},
-    net, netns, podns,
+    limits, machine, net, netns, podns,
     reaper::{Key, Reaper},
     spec::{self, Guest},
     stats,
@@ -56,6 +56,8 @@ pub(crate) struct Sandbox {
     configuring: tokio::sync::Mutex<()>,
     /// Held while the shared namespace of processes is made.
     sharing_pids: tokio::sync::Mutex<()>,
+    /// Held while limits, or what the guest uses of its machine, change.
+    updating: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
@@ -120,6 +122,7 @@ impl Sandbox {
             ended: Notify::new(),
             configuring: Default::default(),
             sharing_pids: Default::default(),
+            updating: Default::default(),
         })
     }
 
@@ -395,12 +398,33 @@ impl Sandbox {
         }
     }
 
-    /// Changes the limits of a container; only what is set.
-    pub(crate) async fn update(&self, request: &UpdateRequest) -> Result<()> {
+    /// Changes the limits of a container, only what is set; or takes an earlier change back. Answers what the files
+    /// that have changed said before. After an error they say it again.
+    pub(crate) async fn update(&self, request: &UpdateRequest) -> Result<HashMap<String, Vec<u8>>> {
         let id = &request.container_id;
-        let resources = spec::resources(&request.resources)?;
         self.live(id)?;
-        Ok(self.launcher.update(id, resources).await?)
+        let cgroup = cgroup::path(id);
+        let _one_at_a_time = self.updating.lock().await;
+        let before = limits::read(&cgroup).doing(|| format!("read the limits of container {id}"))?;
+        let updated = if request.before.is_empty() {
+            let resources = spec::resources(&request.resources)?;
+            self.launcher.update(id, resources).await.map_err(Error::from)
+        } else {
+            limits::write(&cgroup, &request.before).doing(|| format!("set the limits of container {id}"))
+        };
+        let after = limits::read(&cgroup).doing(|| format!("read the limits of container {id}"))?;
+        let changed = limits::changed(before, &after);
+        if let Err(error) = updated {
+            limits::write(&cgroup, &changed).doing(|| format!("restore the limits of container {id}"))?;
+            return Err(error);
+        }
+        Ok(changed)
+    }
+
+    /// Changes what the guest uses of its machine.
+    pub(crate) async fn use_machine(&self, request: &ResizeRequest) -> Result<ResizeResponse> {
+        let _one_at_a_time = self.updating.lock().await;
+        machine::resize(request).await
     }
 
     /// The kernel's numbers of a container; without an id, of all together.

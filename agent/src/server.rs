@@ -16,8 +16,8 @@ use bulkhead_proto::{
     agent::{
         Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
         CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, ForwardRequest,
-        Network, PidsResponse, ResizePtyRequest, ShutdownRequest, SignalRequest, StatsResponse,
-        UpdateRequest, create_agent,
+        Network, PidsResponse, ResizePtyRequest, ResizeRequest, ResizeResponse, ShutdownRequest,
+        SignalRequest, StatsResponse, UpdateRequest, UpdateResponse, create_agent,
     },
     stream::{Hello, encode_hello},
 };
@@ -186,9 +186,13 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
-    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Result<Empty> {
-        self.sandbox.update(&request).await?;
-        Ok(Empty::new())
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> Result<UpdateResponse> {
+        let before = self.sandbox.update(&request).await?;
+        Ok(UpdateResponse { before, ..Default::default() })
+    }
+
+    async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> Result<ResizeResponse> {
+        Ok(self.sandbox.use_machine(&request).await?)
     }
 
     async fn stats(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<StatsResponse> {

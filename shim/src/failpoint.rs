@@ -153,6 +153,14 @@ mod armed {
         ExecStreams "exec.streams" BOTH EVERY,
         /// The exec runs, and nobody was told.
         ExecDone "exec.done" BOTH EVERY,
+        /// The machine is to become as large as new limits ask for.
+        ResizeGrow "resize.grow" BOTH CRI,
+        /// It is; the limits are the old ones.
+        ResizeLimits "resize.limits" BOTH CRI,
+        /// The limits are new; the machine is to give back what it has too much.
+        ResizeShrink "resize.shrink" BOTH CRI,
+        /// It has, and nobody was told.
+        ResizeDone "resize.done" KILL CRI,
         /// A signal is to be sent.
         Signal "signal" BOTH EVERY,
         /// It was sent, and nobody was told.

@@ -87,6 +87,13 @@ fn serve() -> io::Result<()> {
             "read" => fs::read_to_string(word()),
             "write" => fs::write(word(), word()).map(|()| String::new()),
             "copy" => fs::read(word()).and_then(|data| fs::write(word(), data)).map(|()| String::new()),
+            "fill" => {
+                let (path, mib) = (word(), word().parse::<usize>().map_err(io::Error::other)?);
+                fs::File::create(path).and_then(|mut file| {
+                    (0..mib).try_for_each(|_| file.write_all(&[1; 1 << 20])).map(|()| String::new())
+                })
+            }
+            "remove" => fs::remove_file(word()).map(|()| String::new()),
             "list" => fs::read_dir(word()).map(|entries| {
                 let mut names: Vec<_> =
                     entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();

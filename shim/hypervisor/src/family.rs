@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use futures::future::{FutureExt, join_all, select_all};
 
 use crate::{
-    Exit, Machine, MachineEnd,
+    Exit, Growth, Machine, MachineEnd,
     child::{Child, LineSink},
     socket::Names,
 };
@@ -58,6 +58,7 @@ pub(crate) struct Family {
     parts: Vec<Child>,
     pid: i32,
     console: Console,
+    growth: Option<Growth>,
     asked: bool,
     end: Option<MachineEnd>,
     /// Below the parts: dropped when they are dead.
@@ -68,7 +69,13 @@ impl Family {
     pub(crate) fn new(vmm: Child, helpers: Vec<Child>, console: Console, sockets: Names) -> Self {
         let pid = vmm.pid();
         let parts = std::iter::once(vmm).chain(helpers).collect();
-        Self { parts, pid, console, asked: false, end: None, sockets }
+        Self { parts, pid, console, growth: None, asked: false, end: None, sockets }
+    }
+
+    /// The same with memory that can change.
+    pub(crate) fn with_growth(mut self, growth: Option<Growth>) -> Self {
+        self.growth = growth;
+        self
     }
 
     /// Which part died first.
@@ -94,6 +101,10 @@ impl Machine for Family {
     fn processes(&self) -> Vec<(String, i32)> {
         let living = self.parts.iter().filter(|p| p.exit().is_none());
         living.map(|p| (p.name().to_owned(), p.pid())).collect()
+    }
+
+    fn growth(&self) -> Option<Growth> {
+        self.growth.clone()
     }
 
     async fn ended(&mut self) -> MachineEnd {

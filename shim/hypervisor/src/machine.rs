@@ -1,12 +1,12 @@
 //! The two traits that every backend fulfils, and what they hand over.
 //! Knows no backend.
 
-use std::{collections::BTreeMap, fmt, io, sync::Arc};
+use std::{collections::BTreeMap, error::Error, fmt, io, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bulkhead_vmm_spec::{Bindings, Shape};
 
-use crate::{Exit, LaunchError, child::LineSink};
+use crate::{Exit, LaunchError, child::LineSink, qemu::Kept};
 
 /// Remembers processes beyond the life of this one, so that a later process can end what was left.
 pub trait Journal: Send + Sync {
@@ -29,6 +29,23 @@ pub type Counts = BTreeMap<String, BTreeMap<String, u64>>;
 pub trait Meter: Send + Sync {
     /// The figures now. The VMM is not trusted to answer soon, nor with names that make sense.
     async fn read(&self) -> Result<Counts, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+/// Memory that a running machine can be given beyond that of its boot, and how.
+#[derive(Clone)]
+pub enum Growth {
+    /// The guest takes and gives back by itself what it is asked to have (virtio-mem).
+    Asked(Arc<dyn Ask>),
+    /// It is kept back in blocks; the guest must be told which of them are there.
+    Kept(Arc<Kept>),
+}
+
+/// Asks a running VMM for another amount of memory.
+#[async_trait]
+pub trait Ask: Send + Sync {
+    /// Asks the guest to have `bytes` beyond the memory of its boot. Answers what it has once that is what was
+    /// asked for, or when it has had its time.
+    async fn ask(&self, bytes: u64, patience: Duration) -> Result<u64, Box<dyn Error + Send + Sync>>;
 }
 
 /// A way to run machines.
@@ -58,6 +75,11 @@ pub trait Machine: Send {
 
     /// By which the VMM is asked for what it counts. None: it counts nothing.
     fn meter(&self) -> Option<Arc<dyn Meter>> {
+        None
+    }
+
+    /// How its memory can change, if its shape has left room for that.
+    fn growth(&self) -> Option<Growth> {
         None
     }
 

@@ -11,7 +11,7 @@ use std::{
     time::Instant,
 };
 
-use bulkhead_hypervisor::{Exit, Machine, builtin::BuiltinMachine};
+use bulkhead_hypervisor::{Exit, Growth, Machine, builtin::BuiltinMachine};
 use bulkhead_vmm_spec::{
     BlockShape, SizeMib,
     wire::{Answer, Command, Slot},
@@ -190,6 +190,11 @@ async fn meminfo(running: &mut Running<BuiltinMachine>, field: &str) -> u64 {
     line.split_whitespace().next().unwrap().parse::<u64>().unwrap() >> 10
 }
 
+/// Of its memory that devices share, what a process has touched, in MiB.
+fn held(pid: i32) -> u64 {
+    status(pid, "RssShmem").strip_suffix(" kB").unwrap().parse::<u64>().unwrap() >> 10
+}
+
 /// Asks the guest until it has what is wanted. There is no event for it in the guest: each question is a
 /// round trip, and the deadline is the test's.
 async fn until(running: &mut Running<BuiltinMachine>, field: &str, wanted: impl Fn(u64) -> bool) {
@@ -216,6 +221,20 @@ async fn memory_grows_and_shrinks() {
     until(&mut running, "MemTotal", |mib| mib > before + 200).await;
     tell(&running.machine, grow(0)).await;
     until(&mut running, "MemTotal", |mib| mib <= before).await;
+
+    // As the shim does it: who asks hears what the guest has, and the host has back what was given.
+    let Some(Growth::Asked(memory)) = running.machine.growth() else { panic!("it cannot grow") };
+    assert_eq!(memory.ask(384 << 20, rig::DEADLINE).await.unwrap(), 384 << 20);
+    until(&mut running, "MemTotal", |mib| mib > before + 300).await;
+    running.command("mount tmpfs tmpfs /grown").await;
+    let held = held(running.machine.pid());
+    running.command("fill /grown/x 300").await;
+    assert!(self::held(running.machine.pid()) > held + 200, "it is taken when it is touched");
+    running.command("remove /grown/x").await;
+    assert_eq!(memory.ask(0, rig::DEADLINE).await.unwrap(), 0);
+    assert!(self::held(running.machine.pid()) < held + 150, "it is given back");
+    let error = memory.ask(1 << 40, rig::DEADLINE).await.unwrap_err().to_string();
+    assert!(error.contains("whole blocks"), "{error}");
     let Answer::Metrics(all) = tell(&running.machine, Command::Metrics).await else { panic!("metrics") };
     assert!(all["mem"].values().sum::<u64>() > 0, "{all:?}");
 
@@ -231,14 +250,20 @@ async fn memory_grows_and_shrinks() {
 
 #[tokio::test]
 #[ignore = "needs the parts, and KVM"]
-async fn processors_can_be_brought_online_later() {
+async fn processors_come_and_go() {
     let mut rig = Rig::new();
-    (rig.shape.vcpus, rig.shape.max_vcpus) = (1, 2);
+    (rig.shape.vcpus, rig.shape.max_vcpus) = (1, 3);
     let mut running = rig.boot_builtin().await;
     running.command("mount sysfs sysfs /sys").await;
-    assert_eq!(running.command("read /sys/devices/system/cpu/online").await.trim(), "0");
-    running.command("write /sys/devices/system/cpu/cpu1/online 1").await;
-    assert_eq!(running.command("read /sys/devices/system/cpu/online").await.trim(), "0-1");
+    let cpus = "/sys/devices/system/cpu";
+    for (cpu, on, online) in
+        [(0, "", "0"), (1, "1", "0-1"), (2, "1", "0-2"), (2, "0", "0-1"), (1, "0", "0"), (1, "1", "0-1")]
+    {
+        if !on.is_empty() {
+            running.command(&format!("write {cpus}/cpu{cpu}/online {on}")).await;
+        }
+        assert_eq!(running.command(&format!("read {cpus}/online")).await.trim(), online);
+    }
     running.machine.kill().await;
 }
 

@@ -113,6 +113,8 @@ pub struct Sandbox {
     pub vcpus: u32,
     /// The most processors that a pod may have; 0 stands for as many as the host has.
     pub max_vcpus: u32,
+    /// The most memory in MiB that a running pod can be given; 0 stands for as much as the host has.
+    pub max_memory_mib: u64,
 }
 
 /// The network of a pod.
@@ -174,7 +176,7 @@ impl Default for Hypervisor {
 
 impl Default for Sandbox {
     fn default() -> Self {
-        Self { memory_mib: 1024, memory_reserve_mib: 128, vcpus: 1, max_vcpus: 0 }
+        Self { memory_mib: 1024, memory_reserve_mib: 128, vcpus: 1, max_vcpus: 0, max_memory_mib: 0 }
     }
 }
 

@@ -65,6 +65,7 @@ pub const KEYS: &[Key] = &[
     key("sandbox.memory_reserve_mib", Kind::Integer(0, 1 << 20)),
     key("sandbox.vcpus", Kind::Integer(1, 255)),
     key("sandbox.max_vcpus", Kind::Integer(0, 255)),
+    key("sandbox.max_memory_mib", Kind::Integer(0, 1 << 20)),
     key("network.spare_cards", Kind::Integer(0, 6)),
     key("agent.request_timeout_seconds", Kind::Integer(1, 3600)),
     host_key("annotations.allowed", Kind::Keys),

@@ -222,10 +222,25 @@ impl Agent {
         self.call(self.client.resume(self.context(), &container(id))).await.map(drop)
     }
 
-    /// Sets limits: OCI `LinuxResources`, JSON.
-    pub async fn update(&self, id: &ContainerId, resources: Vec<u8>) -> Result<(), Fault> {
+    /// Sets limits: OCI `LinuxResources`, JSON. Answers what [`Agent::restore`] takes.
+    pub async fn update(
+        &self,
+        id: &ContainerId,
+        resources: Vec<u8>,
+    ) -> Result<HashMap<String, Vec<u8>>, Fault> {
         let request = agent::UpdateRequest { container_id: id.to_string(), resources, ..Default::default() };
+        Ok(self.call(self.client.update(self.context(), &request)).await?.before)
+    }
+
+    /// Takes an update back.
+    pub async fn restore(&self, id: &ContainerId, before: HashMap<String, Vec<u8>>) -> Result<(), Fault> {
+        let request = agent::UpdateRequest { container_id: id.to_string(), before, ..Default::default() };
         self.call(self.client.update(self.context(), &request)).await.map(drop)
+    }
+
+    /// Changes what the guest uses of its machine.
+    pub async fn use_machine(&self, request: agent::ResizeRequest) -> Result<agent::ResizeResponse, Fault> {
+        self.call(self.client.resize(self.context(), &request)).await
     }
 
     /// The container's cgroup files.

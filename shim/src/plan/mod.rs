@@ -4,6 +4,7 @@
 mod devices;
 mod mounts;
 mod pod;
+mod resize;
 mod role;
 mod sizing;
 mod spec;
@@ -12,12 +13,14 @@ mod users;
 pub use devices::Disk;
 pub use mounts::{Bind, ReadOnly};
 pub use pod::{Dns, PodConfig};
+pub use resize::{Claims, Limits, Size, with_descriptions};
 pub use role::{Role, role};
 pub use sizing::Sizing;
 pub use users::{IdMaps, IdRange};
 
 use std::{collections::HashMap, path::PathBuf};
 
+use bulkhead_vmm_spec::SizeMib;
 use oci_spec::runtime::{Hook, Spec};
 
 use crate::{
@@ -31,6 +34,8 @@ use crate::{
 pub struct HostFacts {
     /// Processors online.
     pub cpus: u32,
+    /// All its memory.
+    pub memory: SizeMib,
 }
 
 /// Hooks that run on the host; those of the container's namespace stay in the guest's spec.

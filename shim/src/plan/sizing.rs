@@ -6,7 +6,10 @@ use std::collections::HashMap;
 use bulkhead_vmm_spec::SizeMib;
 use oci_spec::runtime::Spec;
 
-use super::{HostFacts, PodConfig};
+use super::{
+    HostFacts, PodConfig,
+    resize::{Limits, millis, with_descriptions},
+};
 use crate::{
     config::Config,
     error::{Fault, Kind},
@@ -24,6 +27,27 @@ pub struct Sizing {
     pub vcpus: u32,
     /// The workload's memory and the guest's reserve together.
     pub memory: SizeMib,
+    /// Of it the guest's reserve.
+    pub reserve: SizeMib,
+    /// Processors that it can be given while it runs.
+    pub max_vcpus: u32,
+    /// Memory that it can be given while it runs, that of its boot among it.
+    pub max_memory: SizeMib,
+    /// What the pod has stated for its workload; what it has not is the configuration's default.
+    pub stated: Limits,
+}
+
+/// Processors that a machine has room for unless `sandbox.max_vcpus` says how many: the descriptions of so many fit
+/// into one page of 2 MiB of the guest (each is of 256 KiB then, setup_percpu's unit), and the host has to keep a
+/// processor for each.
+const ROOM: u32 = 8;
+
+impl Sizing {
+    /// The memory that has to be kept ready, in steps of `step`.
+    pub fn growth(&self, step: SizeMib) -> SizeMib {
+        let more = SizeMib(self.max_memory.0.saturating_sub(self.memory.0));
+        SizeMib(with_descriptions(more).0.next_multiple_of(step.0))
+    }
 }
 
 /// The size for a sandbox whose first container has `spec`.
@@ -46,19 +70,31 @@ pub(super) fn of_pod(config: &Config, pod: &PodConfig, facts: &HostFacts) -> Siz
 
 /// The guest's own reserve comes on top of the workload's limit, never out of it.
 fn fit(config: &Config, memory: Option<i64>, cpus: Option<(i64, i64)>, facts: &HostFacts) -> Sizing {
-    let limit = memory.filter(|&bytes| bytes > 0);
-    let workload = limit.map_or(SizeMib(config.sandbox.memory_mib), |bytes| SizeMib::holding(bytes as u64));
+    let limit = memory.and_then(|bytes| u64::try_from(bytes).ok()).filter(|&bytes| bytes > 0);
+    let workload = limit.map_or(SizeMib(config.sandbox.memory_mib), SizeMib::holding);
+    let reserve = SizeMib(config.sandbox.memory_reserve_mib);
     // Whole 2 MiB pages, so that the host can back all of it with them.
-    let memory = SizeMib((workload.0 + config.sandbox.memory_reserve_mib).next_multiple_of(2));
-    let wanted = match cpus {
-        Some((quota, period)) => quota.unsigned_abs().div_ceil(period.unsigned_abs()) as u32,
-        None => config.sandbox.vcpus,
-    };
+    let memory = SizeMib((workload.0 + reserve.0).next_multiple_of(2));
+    let cpu_millis = cpus.and_then(|(quota, period)| millis(quota, period.unsigned_abs()));
+    let wanted = cpu_millis.map_or(config.sandbox.vcpus.into(), |millis| millis.div_ceil(1000));
     let most = match config.sandbox.max_vcpus {
         0 => facts.cpus,
         max => max.min(facts.cpus),
     };
-    Sizing { vcpus: wanted.clamp(1, most.max(1)), memory }
+    let vcpus = wanted.clamp(1, most.max(1).into()) as u32;
+    let max_vcpus = if config.sandbox.max_vcpus == 0 { most.min(ROOM) } else { most };
+    let max_memory = match config.sandbox.max_memory_mib {
+        0 => facts.memory,
+        max => SizeMib(max),
+    };
+    Sizing {
+        vcpus,
+        memory,
+        reserve,
+        max_vcpus: max_vcpus.max(vcpus),
+        max_memory: max_memory.max(memory),
+        stated: Limits { memory: limit, cpu_millis },
+    }
 }
 
 fn memory_limit(spec: &Spec) -> Option<i64> {

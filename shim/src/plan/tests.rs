@@ -241,12 +241,13 @@ fn sized(change: impl FnOnce(&mut Value)) -> Sizing {
     let mut config = Config::default();
     config.sandbox.memory_mib = 1024;
     config.sandbox.memory_reserve_mib = 100;
-    machine(&config, &spec(change), &HostFacts { cpus: 4 }).unwrap()
+    machine(&config, &spec(change), &HostFacts { cpus: 4, memory: SizeMib(8192) }).unwrap()
 }
 
 #[test]
 fn the_reserve_comes_on_top_of_the_limit() {
-    assert_eq!(sized(|_| {}), Sizing { vcpus: 1, memory: SizeMib(1124) });
+    let default = sized(|_| {});
+    assert_eq!((default.vcpus, default.memory, default.reserve), (1, SizeMib(1124), SizeMib(100)));
     let limited = sized(|s| s["linux"]["resources"] = json!({"memory": {"limit": 64 << 20}}));
     assert_eq!(limited.memory, SizeMib(164));
     let odd = sized(|s| s["linux"]["resources"] = json!({"memory": {"limit": (64 << 20) + 1}}));
@@ -270,7 +271,8 @@ fn a_pod_is_sized_by_the_sums_that_containerd_states() {
             "io.kubernetes.cri.sandbox-cpu-period": "100000"
         });
     });
-    assert_eq!(pod, Sizing { vcpus: 3, memory: SizeMib(356) });
+    assert_eq!((pod.vcpus, pod.memory), (3, SizeMib(356)));
+    assert_eq!(pod.stated, Limits { memory: Some(256 << 20), cpu_millis: Some(2500) });
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod backend;
 mod containers;
 mod figures;
 mod launch;
+mod resize;
 mod wanted;
 
 use std::{
@@ -19,7 +20,7 @@ use bulkhead_hypervisor::{Journal, child::LineSink};
 use tokio::sync::mpsc;
 use tracing::{Instrument, error, info_span, warn};
 
-use self::{containers::Prepared, figures::Scrapes, wanted::Wanted};
+use self::{containers::Prepared, figures::Scrapes, resize::Book, wanted::Wanted};
 use super::{machine::Running, model::*, network::PodNetwork, stand_in::StandIn};
 use crate::{
     cgroup,
@@ -86,6 +87,8 @@ pub struct Host {
     inputs: mpsc::UnboundedSender<Input>,
     ledger: Arc<Mutex<Option<Ledger>>>,
     ready: Mutex<Option<Ready>>,
+    /// Once the machine is up.
+    size: tokio::sync::Mutex<Option<Book>>,
     prepared: Mutex<HashMap<ContainerId, Prepared>>,
     /// The pod of the sandbox API, once it is planned.
     pod: Mutex<Option<Wanted>>,
@@ -185,6 +188,7 @@ impl Host {
             inputs,
             ledger: Arc::new(Mutex::new(Some(ledger))),
             ready: Mutex::default(),
+            size: Default::default(),
             prepared: Mutex::default(),
             pod: Mutex::default(),
             options: None,
@@ -279,6 +283,10 @@ impl Host {
             Job::Release { container, guest } => {
                 self.release(&container, guest).await;
                 Done::Release(container)
+            }
+            Job::Fit => {
+                self.fit().await;
+                Done::Fit
             }
             Job::Ask(ticket, ask) => {
                 let result = self.ask(ask.clone()).await;

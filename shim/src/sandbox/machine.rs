@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use bulkhead_hypervisor::{Exit, Machine, MachineEnd as Ended, Meter};
+use bulkhead_hypervisor::{Exit, Growth, Machine, MachineEnd as Ended, Meter};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -28,6 +28,7 @@ pub(super) struct Running {
     pid: i32,
     processes: Vec<(String, i32)>,
     meter: Option<Arc<dyn Meter>>,
+    growth: Option<Growth>,
     ended: watch::Receiver<Option<MachineEnd>>,
     kill: mpsc::UnboundedSender<String>,
     task: JoinHandle<()>,
@@ -41,10 +42,11 @@ impl Running {
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Self {
         let (pid, processes, meter) = (machine.pid(), machine.processes(), machine.meter());
+        let growth = machine.growth();
         let (tell, ended) = watch::channel(None);
         let (kill, wishes) = mpsc::unbounded_channel();
         let task = tasks::spawn(run(machine, cgroup, wishes, tell, inputs));
-        Self { pid, processes, meter, ended, kill, task }
+        Self { pid, processes, meter, growth, ended, kill, task }
     }
 
     /// The VMM's process on the host.
@@ -65,6 +67,11 @@ impl Running {
     /// By which its VMM is asked for what it counts, if it counts.
     pub(super) fn meter(&self) -> Option<Arc<dyn Meter>> {
         self.meter.clone()
+    }
+
+    /// How its memory can change, if it can.
+    pub(super) fn growth(&self) -> Option<Growth> {
+        self.growth.clone()
     }
 
     /// Tells how the machine ended, once it has.

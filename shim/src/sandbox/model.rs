@@ -327,6 +327,8 @@ pub enum Job {
         /// The guest can be asked.
         guest: bool,
     },
+    /// Takes from the machine what containers had that have gone.
+    Fit,
     /// A question to the guest on behalf of one request.
     Ask(Ticket, Ask),
     /// Ends the machine and takes everything back.
@@ -393,6 +395,8 @@ pub enum Done {
     GuestExec(ProcessKey, Result<(), Fault>),
     /// Of a container.
     Release(ContainerId),
+    /// Of the machine; it is as large as it can be made.
+    Fit,
     /// For a request.
     Ask(Ticket, Ask, Result<Reply, Fault>),
     /// Of the sandbox.

@@ -10,6 +10,7 @@ mod life;
 mod network;
 mod pod;
 mod refusals;
+mod resize;
 mod userns;
 mod volumes;
 
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         figures::TESTS,
         ends::TESTS,
         refusals::TESTS,
+        resize::TESTS,
         volumes::TESTS,
     ]
     .concat();

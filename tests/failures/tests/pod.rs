@@ -87,9 +87,29 @@ fn in_pod(t: &Context<'_>, pod: &str, pod_config: &Path, events: &Proc, told: &m
     Ok(())
 }
 
+/// Limits that make the machine larger than it boots, by a block of memory, and smaller again: bytes, and a quota.
+const UPDATES: [(u64, u32); 2] = [(1100 << 20, 200_000), (64 << 20, 50_000)];
+
+/// New limits are those of the container if the user was told so. If not, the old ones are.
+fn update(t: &Context<'_>, told: &mut Told, id: &str, memory: u64, quota: u32) -> Result<()> {
+    let limits = ["exec", id, "cat", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/cpu.max"];
+    let before = answer(t, told, &limits)?;
+    let (bytes, text) = (memory.to_string(), quota.to_string());
+    let args = ["update", "--memory", &bytes, "--cpu-quota", &text, "--cpu-period", "100000", id];
+    let updated = answer(t, told, &args)?;
+    if let (Some(before), Some(after)) = (before, answer(t, told, &limits)?) {
+        let wanted = if updated.is_some() { format!("{memory}\n{quota} 100000") } else { before };
+        ensure!(after == wanted, "the limits are {after:?}, not {wanted:?}");
+    }
+    Ok(())
+}
+
 fn in_container(t: &Context<'_>, id: &str, events: &Proc, told: &mut Told) -> Result<()> {
     if let Some(said) = answer(t, told, &["exec", id, "cat", "/mnt/file"])? {
         ensure!(said == "42", "an exec succeeded and said {said:?}");
+    }
+    for (memory, quota) in UPDATES {
+        update(t, told, id, memory, quota)?;
     }
     let stopped = answer(t, told, &["stop", "--timeout", "30", id])?;
     if stopped.is_some() || case(t)?.1 == "kill" && t.process(SHIM).is_err() {

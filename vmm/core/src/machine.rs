@@ -244,7 +244,9 @@ fn add_devices(
             Some(backing) => {
                 let (start, size) = (map.growth.start, map.growth.end - map.growth.start);
                 let window = MemConfig { start, size, block_size: BLOCK_SIZE };
-                let mem = Mem::new(window, Box::new(backing)).map_err(part("make the memory device"))?;
+                let mut mem = Mem::new(window, Box::new(backing)).map_err(part("make the memory device"))?;
+                let door = door.clone();
+                mem.tell_changes(move |growth_bytes| door.tell(Event::Grown { growth_bytes }));
                 Some(devices.add("mem", mem, Loop::Main, Found::Later)?)
             }
             None => None,

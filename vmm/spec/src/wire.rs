@@ -96,7 +96,7 @@ pub enum Command {
     Resume,
     /// Ends the machine at once; the process leaves with status 0 after its reply.
     Stop,
-    /// Changes what the guest has of what its shape leaves room for.
+    /// Changes what the guest is to have of what its shape leaves room for; [`Event::Grown`] tells what it has.
     Resize {
         /// Bytes of memory beyond the shape's own that the guest is to have, at most the shape's growth.
         growth_bytes: Option<u64>,
@@ -173,6 +173,11 @@ pub enum Event {
         /// The last lines of its console, that one among them.
         console: Vec<String>,
     },
+    /// The guest has taken or given back memory, as [`Command::Resize`] asked for or of its own accord.
+    Grown {
+        /// Bytes that it has now beyond the shape's own.
+        growth_bytes: u64,
+    },
     /// The machine is about to end.
     Ended(Ended),
 }
@@ -210,6 +215,7 @@ mod tests {
             Message::Reply { id: 3, result: Ok(Answer::Attached { slot: 1, device: 7 }) },
             Message::Reply { id: 0, result: Err("no".into()) },
             Message::Event(Event::Dial { dial: 9, port: 1024 }),
+            Message::Event(Event::Grown { growth_bytes: 2 << 20 }),
             Message::Event(Event::Ended(Ended::Guest)),
         ];
         for message in messages {

@@ -15,10 +15,13 @@ use std::{
 
 use async_trait::async_trait;
 use bulkhead_vmm_spec::wire::{Answer, Command, Ended, Event, Message, Request, Slot};
-use tokio::{net::UnixStream, sync::oneshot};
+use tokio::{
+    net::UnixStream,
+    sync::{oneshot, watch},
+};
 
 use super::channel::Channel;
-use crate::{Counts, Meter};
+use crate::{Ask, Counts, Meter};
 
 /// How long a command may take; it is microseconds, but for what waits for a disk.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
@@ -46,12 +49,15 @@ pub(super) struct Broker {
     next: AtomicU64,
     /// Who waits for which reply; `None` when nothing more will come.
     replies: Mutex<Option<Replies>>,
+    /// Bytes that the guest has beyond the memory of its boot.
+    grown: watch::Sender<u64>,
 }
 
 impl Broker {
     /// A broker for the VMM at the other end of `channel`, whose vsock device has its socket at `vsock`.
     pub(super) fn new(channel: Channel, vsock: PathBuf) -> Self {
-        Self { channel, vsock, next: AtomicU64::new(1), replies: Mutex::new(Some(Replies::new())) }
+        let replies = Mutex::new(Some(Replies::new()));
+        Self { channel, vsock, next: AtomicU64::new(1), replies, grown: watch::Sender::new(0) }
     }
 
     /// Has a command carried out; `fds` are attached to it.
@@ -115,6 +121,7 @@ impl Broker {
                     }
                 }
                 Message::Event(Event::Dial { dial, port }) => self.connect(dial, port).await?,
+                Message::Event(Event::Grown { growth_bytes }) => drop(self.grown.send_replace(growth_bytes)),
                 // What they say arrives by the console and by the VMM's last words too, which are kept.
                 Message::Event(Event::Panic { message, console }) => {
                     tracing::debug!("guest kernel: {message}; end of its console: {}", console.join(" | "));
@@ -148,6 +155,21 @@ impl Meter for Broker {
             Answer::Metrics(counts) => Ok(counts),
             other => Err(format!("the machine answers {other:?} when asked for its counters").into()),
         }
+    }
+}
+
+#[async_trait]
+impl Ask for Broker {
+    async fn ask(
+        &self,
+        bytes: u64,
+        patience: Duration,
+    ) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        let mut grown = self.grown.subscribe();
+        self.command(Command::Resize { growth_bytes: Some(bytes), balloon_bytes: None }, &[]).await?;
+        // Its end is noticed elsewhere; that the guest takes its time is not.
+        let _ = tokio::time::timeout(patience, grown.wait_for(|&has| has == bytes)).await;
+        Ok(*self.grown.borrow())
     }
 }
 

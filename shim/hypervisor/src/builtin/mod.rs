@@ -38,7 +38,7 @@ use tokio::task::JoinHandle;
 pub use self::broker::CommandError;
 use self::{broker::Broker, channel::Channel};
 use crate::{
-    Hypervisor, Journal, LaunchError, Machine, MachineEnd, Meter,
+    Growth, Hypervisor, Journal, LaunchError, Machine, MachineEnd, Meter,
     child::{Child, ChildSpec, Network},
     family::{Console, Family},
     helper::{HELPER_DEADLINE, ended, late, record, spawn},
@@ -164,7 +164,8 @@ impl Builtin {
             let broker = broker.clone();
             async move { broker.attend().await }
         });
-        let family = Family::new(vmm, virtiofsd.into_iter().collect(), console, sockets);
+        let growth = (shape.growth.0 > 0).then(|| Growth::Asked(broker.clone()));
+        let family = Family::new(vmm, virtiofsd.into_iter().collect(), console, sockets).with_growth(growth);
         Ok(BuiltinMachine { family, broker, attendant })
     }
 
@@ -268,6 +269,10 @@ impl Machine for BuiltinMachine {
 
     fn meter(&self) -> Option<Arc<dyn Meter>> {
         Some(self.broker.clone())
+    }
+
+    fn growth(&self) -> Option<Growth> {
+        self.family.growth()
     }
 
     async fn ended(&mut self) -> MachineEnd {

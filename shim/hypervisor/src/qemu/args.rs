@@ -12,7 +12,7 @@ use std::{
 
 use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 
-use super::cmdline;
+use super::{cmdline, kept};
 use crate::words::Words;
 
 /// Every guest has this address on its vsock device: each has a device of its own.
@@ -25,6 +25,8 @@ pub(super) struct Wiring<'a> {
     pub(super) cpu: &'a str,
     /// Frequency of the time stamp counter, if it is to be trusted.
     pub(super) tsc_khz: Option<u32>,
+    /// The file for the guest's memory, where more than it has at boot may be wanted.
+    pub(super) memory: Option<RawFd>,
     /// Size of the buffer of translated code.
     pub(super) translation_buffer: SizeMib,
     /// Connection to virtiofsd, where the shape has a share.
@@ -57,10 +59,17 @@ pub(super) fn qemu(shape: &Shape, bindings: &Bindings, wiring: &Wiring<'_>) -> V
     // memory barriers and locked instructions (it asks max_cpus, not cpus). Without them the guest and the
     // device programs, which do run in parallel, miss each other's last ring entry now and then, and a
     // stream stands still for ever.
-    args.pair("-smp", format!("{},maxcpus={}", shape.vcpus, shape.vcpus.max(2)));
-    args.pair("-m", format!("{}M", shape.memory.0));
+    // A microvm has no processors that come: all are there, and the guest starts as many as it is told.
+    args.pair("-smp", format!("{},maxcpus={}", shape.max_vcpus, shape.max_vcpus.max(2)));
     // Shared, for the helpers map the guest's memory too. Pages are taken when they are touched.
-    args.pair("-object", format!("memory-backend-memfd,id=memory,size={}M,share=on", shape.memory.0));
+    let (size, backend) = match wiring.memory {
+        None => (shape.memory, "memory-backend-memfd,id=memory".to_owned()),
+        Some(fd) => {
+            (kept::total(shape), format!("memory-backend-file,id=memory,mem-path=/proc/self/fd/{fd}"))
+        }
+    };
+    args.pair("-m", format!("{}M", size.0));
+    args.pair("-object", format!("{backend},size={}M,share=on", size.0));
     args.option("-kernel", &bindings.kernel).option("-initrd", &bindings.initrd);
     args.pair("-append", cmdline::build(shape, wiring.tsc_khz));
     args.pair("-chardev", "stdio,id=console,signal=off").pair("-serial", "chardev:console");

@@ -3,6 +3,8 @@
 
 use bulkhead_vmm_spec::Shape;
 
+use super::kept;
+
 /// The longest command line of an x86 kernel, in bytes with its end (`COMMAND_LINE_SIZE`).
 pub(super) const MAX_LEN: usize = 2048;
 /// Room left for what is added to the shape's own words here and by QEMU, which describes each
@@ -44,15 +46,32 @@ fn clock(tsc_khz: u32, vcpus: u32) -> String {
     words
 }
 
+/// What a guest is told of what it may be given later.
+fn room(shape: &Shape) -> Vec<String> {
+    let mut words = Vec::new();
+    if shape.max_vcpus > shape.vcpus {
+        words.push(format!("maxcpus={}", shape.vcpus));
+    }
+    if shape.growth.0 > 0 {
+        words.push(format!("mem={}M", kept::boot_end(shape).0));
+        // As on KVM (vmm/core/src/boot/cmdline.rs): in use at once, and movable where there is enough other memory.
+        words.push("memhp_default_state=online memory_hotplug.online_policy=auto-movable".into());
+    }
+    words
+}
+
 /// Puts the command line together; what the shape adds comes last and thus wins.
 pub(super) fn build(shape: &Shape, tsc_khz: Option<u32>) -> String {
     let clock = tsc_khz.map(|khz| clock(khz, shape.vcpus));
-    let words = PARAMETERS.iter().copied().chain(clock.as_deref());
+    let room = room(shape);
+    let words = PARAMETERS.iter().copied().chain(clock.as_deref()).chain(room.iter().map(String::as_str));
     words.chain(shape.cmdline.split_ascii_whitespace()).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_vmm_spec::SizeMib;
+
     use super::*;
     use crate::testing::shape_and_bindings;
 
@@ -65,17 +84,28 @@ mod tests {
         assert_eq!(build(&shape, None), format!("{ALWAYS} agent.log=debug quiet"));
         shape.cmdline = String::new();
         let clock = "tsc_early_khz=2299998 tsc=reliable";
-        shape.vcpus = 1;
+        (shape.vcpus, shape.max_vcpus) = (1, 1);
         assert_eq!(build(&shape, Some(2_299_998)), format!("{ALWAYS} {clock} nolapic_timer"));
-        shape.vcpus = 2;
+        (shape.vcpus, shape.max_vcpus) = (2, 2);
         assert_eq!(build(&shape, Some(2_299_998)), format!("{ALWAYS} {clock}"));
+    }
+
+    #[test]
+    fn room_for_more_is_kept_from_the_guest() {
+        let (mut shape, _) = shape_and_bindings();
+        shape.cmdline = String::new();
+        (shape.vcpus, shape.max_vcpus) = (1, 8);
+        (shape.memory, shape.growth) = (SizeMib(4096), SizeMib(128));
+        let room = "maxcpus=1 mem=5120M memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+        assert_eq!(build(&shape, None), format!("{ALWAYS} {room}"));
     }
 
     #[test]
     fn the_room_reserved_is_enough() {
         let (mut shape, _) = shape_and_bindings();
         shape.cmdline = String::new();
-        shape.vcpus = 1;
+        (shape.vcpus, shape.max_vcpus) = (1, 255);
+        shape.growth = SizeMib(128);
         let devices = 8 * " virtio_mmio.device=512@0xfeb00e00:12".len();
         assert!(build(&shape, Some(u32::MAX)).len() + devices < RESERVED_LEN);
     }

@@ -11,12 +11,14 @@
 //! * vhost-device-vsock makes its socket itself; that it appears is an event. Meanwhile QEMU tells its
 //!   version, by which the processor is chosen.
 //! * The guest's console is QEMU's standard output, QEMU's own complaints are on standard error.
-//! * Without QMP: the machine has nothing that changes while it runs. A guest that ends restarts by
+//! * Without QMP: a microvm has nothing that comes or goes. Processors that may be wanted later are there from the
+//!   start, and the guest leaves them alone; memory that may be wanted later is kept from it (`kept`). A guest that ends restarts by
 //!   triple fault, QEMU then exits (`-no-reboot`), and a panic is known by its line on the console.
 //! * When the VMM ends, virtiofsd follows by itself; vhost-device-vsock would wait for another.
 
 mod args;
 mod cmdline;
+mod kept;
 mod tsc;
 mod version;
 
@@ -27,15 +29,17 @@ use std::{
         unix::fs::FileTypeExt,
     },
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use async_trait::async_trait;
 use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 
+pub use self::kept::{BLOCK, Kept};
 pub use self::version::Version;
 use self::{args::Wiring, tsc::Stopwatch};
 use crate::{
-    Hypervisor, Journal, LaunchError, Machine,
+    Growth, Hypervisor, Journal, LaunchError, Machine,
     child::{Child, ChildSpec},
     family::{Console, Family},
     helper::{HELPER_DEADLINE, ended, late, record, spawn},
@@ -170,7 +174,11 @@ impl Hypervisor for Qemu {
             tokio::try_join!(self.version(), self.start_vsock(bindings, journal))?;
         let (virtiofsd, share_connection) = share.unzip();
 
+        let failed = |e| LaunchError::system("make a file for the guest's memory", e);
+        let kept = (shape.growth.0 > 0).then(|| Kept::new(shape)).transpose().map_err(failed)?;
+        let memory = kept.as_ref().map(Kept::share).transpose().map_err(failed)?;
         let wiring = Wiring {
+            memory: memory.as_ref().map(AsRawFd::as_raw_fd),
             cpu: version.cpu(),
             tsc_khz: self.clock.khz(),
             translation_buffer: self.config.translation_buffer,
@@ -183,12 +191,13 @@ impl Hypervisor for Qemu {
         let mut spec = ChildSpec::new(QEMU, &self.config.qemu);
         spec.args = args::qemu(shape, bindings, &wiring);
         spec.stdout = stdout;
-        spec.fds = share_connection.into_iter().chain([vsock_connection]).chain(taps).collect();
+        spec.fds = share_connection.into_iter().chain([vsock_connection]).chain(taps).chain(memory).collect();
         spec.network = network::of_vmm(bindings)?;
         let qemu = spawn(spec)?;
         record(&qemu, journal)?;
         let helpers = virtiofsd.into_iter().chain([vsock]).collect();
-        Ok(Box::new(Family::new(qemu, helpers, console, sockets)))
+        let growth = kept.map(|kept| Growth::Kept(Arc::new(kept)));
+        Ok(Box::new(Family::new(qemu, helpers, console, sockets).with_growth(growth)))
     }
 }
 
@@ -198,10 +207,16 @@ fn check(shape: &Shape, bindings: &Bindings) -> Result<(), LaunchError> {
     if shape.memory < MINIMUM_MEMORY {
         return Err(LaunchError::MemoryTooSmall { asked: shape.memory, minimum: MINIMUM_MEMORY });
     }
-    if shape.vcpus == 0 || shape.vcpus > MAX_VCPUS {
+    if shape.vcpus == 0 || shape.max_vcpus < shape.vcpus || shape.max_vcpus > MAX_VCPUS {
         return impossible(
-            format!("a machine of {} processors", shape.vcpus),
+            format!("a machine of {} to {} processors", shape.vcpus, shape.max_vcpus),
             format!("this backend makes 1 to {MAX_VCPUS}"),
+        );
+    }
+    if !shape.growth.0.is_multiple_of(BLOCK.0) {
+        return impossible(
+            format!("a machine that grows by {} MiB", shape.growth.0),
+            format!("memory comes in blocks of {} MiB", BLOCK.0),
         );
     }
     let longest = cmdline::MAX_LEN - cmdline::RESERVED_LEN;

@@ -22,7 +22,7 @@ use crate::{
     ids::{ContainerId, ProcessKey},
     ledger::{self, Entry},
     logger::LoggerContext,
-    plan::{self, ContainerPlan, Role},
+    plan::{self, ContainerPlan, Limits, Role},
     process,
     stdio::Tokens,
     storage::{PodFiles, Share},
@@ -121,7 +121,7 @@ impl Host {
     /// Makes the container in the guest and its stand-in on the host; answers the pid of the latter.
     pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<i32, Fault> {
         let agent = self.agent()?;
-        let (hooks, subject, io, console, spec, network, disks) = {
+        let (hooks, subject, io, console, limits, spec, network, disks) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
@@ -133,6 +133,7 @@ impl Host {
                 p.subject.clone(),
                 p.io.clone(),
                 p.plan.console,
+                Limits::of(&p.plan.guest_spec),
                 spec,
                 p.plan.network.clone(),
                 p.plan.disks.clone(),
@@ -163,6 +164,7 @@ impl Host {
             arrived(&mut arrival).await?;
             return Ok(pid);
         }
+        self.make_room(id, limits).await?;
         let key = ProcessKey::init(id);
         let tokens = self.open_streams(&key, &io).await?;
         let created = fail_point!(CreateStreams, agent.create(id, spec, &io, tokens, console, disks).await);
@@ -278,7 +280,7 @@ impl Host {
             }
             Ask::Pause(id) => agent.pause(&id).await?,
             Ask::Resume(id) => agent.resume(&id).await?,
-            Ask::Update(id, resources) => agent.update(&id, resources).await?,
+            Ask::Update(id, resources) => self.update(&id, resources).await?,
             Ask::ResizePty(key, width, height) => agent.resize(&key, width, height).await?,
             Ask::Stats(id) => return Ok(Reply::Stats(agent.stats(&id).await?.files)),
             Ask::PodStats => return Ok(Reply::Stats(self.pod_stats(&agent).await?)),

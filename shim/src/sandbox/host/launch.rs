@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use bulkhead_hypervisor::{Growth, qemu::BLOCK};
 use bulkhead_proto::{
     CONTROL_PORT, SHARE_TAG, STREAM_PORT,
     agent::{Network, event::Kind as GuestEvent},
@@ -20,6 +21,7 @@ use super::{
     Accounts, GOODBYE, Host, MachineFacts, Ready,
     backend::choose,
     blocking, lock,
+    resize::Book,
     wanted::{Wanted, config_fault, own_hostname},
 };
 use crate::{
@@ -76,9 +78,9 @@ impl Host {
         let hypervisor = choose(config)?;
         let mut shape = Shape {
             vcpus: sizing.vcpus,
-            max_vcpus: sizing.vcpus,
+            max_vcpus: sizing.max_vcpus,
             memory: sizing.memory,
-            growth: bulkhead_vmm_spec::SizeMib(0),
+            growth: sizing.growth(BLOCK),
             cmdline: config.hypervisor.kernel_params.clone(),
             share_tag: Some(SHARE_TAG.to_owned()),
             blocks: Vec::new(),
@@ -112,7 +114,7 @@ impl Host {
             memory_mib: sizing.memory.0,
             vcpus: sizing.vcpus,
         };
-        let mut ended = running.ended();
+        let (mut ended, growth) = (running.ended(), running.growth());
         *lock(&self.ready) = Some(Ready { running, agent: None, facts: facts.clone() });
 
         let limit = Duration::from_secs(config.hypervisor.boot_timeout_seconds);
@@ -134,6 +136,7 @@ impl Host {
             self.kill_machine("it did not boot");
             return Err(fault);
         }
+        *self.size.lock().await = Some(Book::new(wanted.sizing, growth));
         Ok(facts.vmm_pid)
     }
 
@@ -150,6 +153,9 @@ impl Host {
         let (agent, hello) = hello.await.map_err(|e| Fault::of(Kind::Unavailable, &e))?;
         fail_point!(HelloSaid);
         self.counters.stage("hello", began.elapsed());
+        if let Some(Growth::Kept(kept)) = lock(&self.ready).as_ref().and_then(|r| r.running.growth()) {
+            kept.cut().map_err(|e| Fault::internal("keep memory from the machine", &e))?;
+        }
         let now = SystemTime::now();
         trace::append("kernel", now - Duration::from_nanos(hello.uptime_nanos), now);
         debug!(kernel = hello.kernel, agent = hello.agent, "guest is up");

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bulkhead_vmm_spec::SizeMib;
 use oci_spec::runtime::Spec;
 use protobuf::well_known_types::any::Any;
 
@@ -97,7 +98,9 @@ impl Host {
 }
 
 fn host_facts() -> HostFacts {
-    HostFacts { cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32) }
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    let memory = nix::sys::sysinfo::sysinfo().map_or(0, |info| info.ram_total());
+    HostFacts { cpus, memory: SizeMib(memory >> 20) }
 }
 
 pub(super) fn own_hostname() -> String {

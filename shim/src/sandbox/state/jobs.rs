@@ -9,7 +9,7 @@ impl Sandbox {
         match done {
             Done::Boot(result) => self.booted(result),
             Done::PlanPod(result) => self.pod_planned(result),
-            Done::Halt => {}
+            Done::Halt | Done::Fit => {}
             Done::Prepare(id, result) => self.prepared(&id, result),
             Done::GuestCreate(id, result) => self.created(&id, result),
             Done::GuestStart(id, result) => self.started(&ProcessKey::init(&id), result),
@@ -208,6 +208,10 @@ impl Sandbox {
             for waiter in process.waiters {
                 self.reply(waiter, Err(Fault::new(Kind::NotFound, format!("{key} does not exist"))));
             }
+        }
+        // The last container of a machine without a pod ends it.
+        if self.machine_lives() && (self.pod.is_there() || !self.containers.is_empty()) {
+            self.out.push(Effect::Start(Job::Fit));
         }
         self.shut_down_when_empty();
     }

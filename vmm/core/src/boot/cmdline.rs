@@ -52,8 +52,9 @@ impl Words<'_> {
             line.push_str(&format!(" maxcpus={}", shape.vcpus));
         }
         if shape.growth.0 > 0 {
-            // What is plugged is used at once, for what can be moved out of it again.
-            line.push_str(" memhp_default_state=online_movable");
+            // What is plugged is used at once: for what can be moved out of it again, as long as there is enough
+            // other memory for what cannot, which is three times as much (memory-hotplug.rst).
+            line.push_str(" memhp_default_state=online memory_hotplug.online_policy=auto-movable");
         }
         for device in self.devices {
             let at = layout::VIRTIO + u64::from(device.window) * layout::VIRTIO_STEP;

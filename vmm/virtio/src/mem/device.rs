@@ -22,6 +22,7 @@ pub struct Mem {
     window: Window,
     worker: Option<Worker>,
     paused: bool,
+    told: Option<Box<dyn FnMut(u64) + Send>>,
     metrics: Arc<Metrics>,
 }
 
@@ -38,8 +39,14 @@ impl Mem {
             window: Window::new(config)?,
             worker: None,
             paused: false,
+            told: None,
             metrics: Arc::default(),
         })
+    }
+
+    /// Has `told` called with the bytes that are plugged, after each turn in which they have changed.
+    pub fn tell_changes(&mut self, told: impl FnMut(u64) + Send + 'static) {
+        self.told = Some(Box::new(told));
     }
 
     /// Asks the guest to have so many bytes of the window plugged. [`Mem::plugged`] follows as far as the
@@ -67,7 +74,13 @@ impl Mem {
 
     fn run(&mut self) {
         let Some(worker) = self.worker.as_mut().filter(|_| !self.paused) else { return };
-        match worker.run(&mut self.window, &mut *self.backing) {
+        let before = self.window.plugged();
+        let served = worker.run(&mut self.window, &mut *self.backing);
+        let plugged = self.window.plugged();
+        if let Some(told) = self.told.as_mut().filter(|_| plugged != before) {
+            told(plugged);
+        }
+        match served {
             Ok(false) => {}
             // The rest in the loop's next turn, after the other devices.
             Ok(true) => drop(self.kick[0].write(1)),

@@ -164,6 +164,19 @@ fn a_new_request_tells_the_driver() {
 }
 
 #[test]
+fn a_change_of_what_is_plugged_is_told() {
+    let mut fixture = active(8 * BLOCK_SIZE);
+    let told: Arc<Mutex<Vec<u64>>> = Arc::default();
+    let notes = told.clone();
+    fixture.device().tell_changes(move |plugged| notes.lock().unwrap().push(plugged));
+    assert_eq!(fixture.ask(PLUG, 2, 4), (ACK, 0));
+    assert_eq!(fixture.ask(STATE, 2, 4), (ACK, 0), "no change");
+    assert_eq!(fixture.ask(PLUG, 6, 8), (NACK, 0), "nor is this");
+    assert_eq!(fixture.ask(UNPLUG, 3, 2), (ACK, 0));
+    assert_eq!(*told.lock().unwrap(), [4 * BLOCK_SIZE, 2 * BLOCK_SIZE]);
+}
+
+#[test]
 fn blocks_come_and_go() {
     let mut fixture = active(8 * BLOCK_SIZE);
     assert_eq!(fixture.ask(PLUG, 2, 4), (ACK, 0));

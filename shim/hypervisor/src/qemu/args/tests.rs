@@ -7,6 +7,7 @@ fn wiring() -> Wiring<'static> {
     Wiring {
         cpu: "max,-cx16",
         tsc_khz: Some(2_300_000),
+        memory: None,
         translation_buffer: SizeMib(128),
         share: Some(11),
         vsock: 12,
@@ -112,4 +113,20 @@ fn golden_vsock() {
 --uds-path /r/vsock
 "
     );
+}
+
+#[test]
+fn golden_room_for_more() {
+    let (mut shape, bindings) = shape_and_bindings();
+    (shape.vcpus, shape.max_vcpus) = (1, 4);
+    (shape.memory, shape.growth) = (SizeMib(200), SizeMib(1024));
+    let wiring = Wiring { memory: Some(9), ..wiring() };
+    let shown = shown(&qemu(&shape, &bindings, &wiring));
+    for line in [
+        "-smp 4,maxcpus=4",
+        "-m 1280M",
+        "-object memory-backend-file,id=memory,mem-path=/proc/self/fd/9,size=1280M,share=on",
+    ] {
+        assert!(shown.contains(&format!("\n{line}\n")), "{shown}");
+    }
 }
