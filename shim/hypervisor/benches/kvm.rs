@@ -317,7 +317,7 @@ async fn times(options: &Options, rounds: usize) -> Result<(), Failure> {
                 match life(options, memory, qemu.filter(|_| of_qemu)).await {
                     Ok((hello, end)) if round > 0 => {
                         seen.0.push(hello);
-                        seen.1.push(end);
+                        seen.1.extend(end);
                     }
                     Ok(_) => {}
                     // A busy machine: one round less, not none.
@@ -351,7 +351,8 @@ fn compare(what: &str, mut ours: Vec<f64>, mut theirs: Vec<f64>) {
 }
 
 /// One machine's life, of our VMM or of the QEMU that `qemu` is: how long until its hello and until its end.
-async fn life(options: &Options, memory: u64, qemu: Option<&Path>) -> Result<(f64, f64), Failure> {
+/// QEMU's is killed after its hello: on KVM it did not end in 100 s when the host had hung up.
+async fn life(options: &Options, memory: u64, qemu: Option<&Path>) -> Result<(f64, Option<f64>), Failure> {
     let rig = rig(options, memory)?;
     let clock = Instant::now();
     let launch = async {
@@ -375,8 +376,12 @@ async fn life(options: &Options, memory: u64, qemu: Option<&Path>) -> Result<(f6
         in_time(options, "did not say hello to its end", stream.read_exact(&mut [0])).await??;
         let hello = clock.elapsed();
         drop(stream);
-        in_time(options, "did not end", machine.ended()).await?;
-        Ok::<_, Failure>((hello.as_secs_f64(), clock.elapsed().as_secs_f64()))
+        let mut end = None;
+        if qemu.is_none() {
+            in_time(options, "did not end", machine.ended()).await?;
+            end = Some(clock.elapsed().as_secs_f64());
+        }
+        Ok::<_, Failure>((hello.as_secs_f64(), end))
     };
     let times = times.await;
     machine.kill().await;
