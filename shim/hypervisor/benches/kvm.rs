@@ -3,10 +3,11 @@
 //! counts of exits and calls hold too, and the time is a time. Prints a table and writes JSON; asserts nothing.
 //!
 //! ```text
-//! BULKHEAD_TEST_…=… kvm --initrd FILE [--output FILE] [--memory MIB,MIB] [--qemu PROGRAM] [--net] [--accesses] [--trace FILE] [--append WORDS] [--times ROUNDS]
+//! BULKHEAD_TEST_…=… kvm --initrd FILE [--output FILE] [--memory MIB,MIB] [--qemu PROGRAM] [--net] [--accesses] [--trace FILE] [--append WORDS] [--times ROUNDS] [--deadline SECONDS]
 //! ```
 //! `--accesses` prints what was accessed, `--trace` keeps the last trace. `--times` measures nothing but the time from
-//! launch to hello, of ours and of QEMU's machines in turns.
+//! launch to hello and to the machine's end, of ours and of QEMU's machines in turns; what takes longer than the
+//! deadline (60 s each) is told and left out.
 //! `--qemu` is a program that runs QEMU's microvm on KVM, for comparison (tests/perf/qemu-kvm).
 
 #[path = "../tests/rig/mod.rs"]
@@ -19,7 +20,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command as Program,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bulkhead_hypervisor::{
@@ -67,6 +68,7 @@ struct Options {
     trace: Option<PathBuf>,
     append: String,
     times: Option<usize>,
+    deadline: Duration,
 }
 
 fn options() -> Result<Options, Failure> {
@@ -80,6 +82,7 @@ fn options() -> Result<Options, Failure> {
         trace: None,
         append: String::new(),
         times: None,
+        deadline: rig::DEADLINE,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -93,6 +96,7 @@ fn options() -> Result<Options, Failure> {
             "--trace" => options.trace = Some(value()?.into()),
             "--append" => options.append = value()?,
             "--times" => options.times = Some(value()?.parse()?),
+            "--deadline" => options.deadline = Duration::from_secs(value()?.parse()?),
             "--accesses" => options.accesses = true,
             // Cargo's own.
             "--bench" => {}
@@ -296,52 +300,98 @@ async fn boot_ours(
     Ok((tracer.counts(&threads, options.trace.as_deref())?, memory, own))
 }
 
-/// From launch to hello by the clock, in turns: each kind begins every second round.
+/// From launch to hello, and to the end, by the clock, in turns: each kind begins every second round.
 async fn times(options: &Options, rounds: usize) -> Result<(), Failure> {
     let qemu = options.qemu.as_deref();
     for &memory in &options.memory {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        // Hellos and whole lives.
+        let (mut ours, mut theirs) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
         // The first round warms caches.
         for round in 0..=rounds {
             for of_qemu in if round % 2 == 0 { [false, true] } else { [true, false] } {
                 if of_qemu && qemu.is_none() {
                     continue;
                 }
-                let took = launch_to_hello(options, memory, qemu.filter(|_| of_qemu)).await?;
-                if round > 0 {
-                    if of_qemu { &mut theirs } else { &mut ours }.push(took);
+                let (kind, seen) =
+                    if of_qemu { ("QEMU microvm", &mut theirs) } else { ("bulkhead-vmm", &mut ours) };
+                match life(options, memory, qemu.filter(|_| of_qemu)).await {
+                    Ok((hello, end)) if round > 0 => {
+                        seen.0.push(hello);
+                        seen.1.extend(end);
+                    }
+                    Ok(_) => {}
+                    // A busy machine: one round less, not none.
+                    Err(e) => println!("round {round}, {kind}: {e}; left out"),
                 }
             }
         }
-        let [low, ours, high] = quartiles(&mut ours);
-        println!(
-            "launch to hello, {memory} MiB, {rounds} rounds: bulkhead-vmm {ours:.3} s ({low:.3} .. {high:.3})"
-        );
-        if !theirs.is_empty() {
-            let [low, theirs, high] = quartiles(&mut theirs);
-            println!("  QEMU microvm {theirs:.3} s ({low:.3} .. {high:.3}), {:.2} times ours", theirs / ours);
+        for (what, ours, theirs) in
+            [("launch to hello", ours.0, theirs.0), ("launch to the machine's end", ours.1, theirs.1)]
+        {
+            compare(&format!("{what}, {memory} MiB"), ours, theirs);
         }
     }
     Ok(())
 }
 
-/// Of one machine: of our VMM, or of the QEMU that `qemu` is.
-async fn launch_to_hello(options: &Options, memory: u64, qemu: Option<&Path>) -> Result<f64, Failure> {
+/// Prints two lists of seconds, measured in turns, as a line each.
+fn compare(what: &str, mut ours: Vec<f64>, mut theirs: Vec<f64>) {
+    if ours.is_empty() {
+        return println!("{what}: no round of bulkhead-vmm was in time");
+    }
+    let (rounds, [low, middle, high]) = (ours.len(), quartiles(&mut ours));
+    println!("{what}, {rounds} rounds: bulkhead-vmm {middle:.3} s ({low:.3} .. {high:.3})");
+    if !theirs.is_empty() {
+        let (rounds, [low, theirs, high]) = (theirs.len(), quartiles(&mut theirs));
+        let ratio = theirs / middle;
+        println!(
+            "  QEMU microvm {theirs:.3} s ({low:.3} .. {high:.3}), {rounds} rounds: {ratio:.2} times ours"
+        );
+    }
+}
+
+/// One machine's life, of our VMM or of the QEMU that `qemu` is: how long until its hello and until its end.
+/// QEMU's is killed after its hello: on KVM it did not end in 100 s when the host had hung up.
+async fn life(options: &Options, memory: u64, qemu: Option<&Path>) -> Result<(f64, Option<f64>), Failure> {
     let rig = rig(options, memory)?;
     let clock = Instant::now();
-    let mut machine: Box<dyn Machine> = match qemu {
-        Some(program) => {
-            let qemu = Qemu::new(QemuConfig { qemu: program.into(), ..rig::config() });
-            bulkhead_hypervisor::Hypervisor::launch(&qemu, &rig.shape, &rig.bindings, &rig.journal).await?
-        }
-        None => Box::new(builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await?),
+    let launch = async {
+        let launched: Result<Box<dyn Machine>, Failure> = match qemu {
+            Some(program) => {
+                let qemu = Qemu::new(QemuConfig { qemu: program.into(), ..rig::config() });
+                let launch =
+                    bulkhead_hypervisor::Hypervisor::launch(&qemu, &rig.shape, &rig.bindings, &rig.journal);
+                Ok(launch.await?)
+            }
+            None => Ok(Box::new(builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await?)),
+        };
+        launched
     };
-    let stream = hello(&rig, &mut *machine).await?;
-    let took = clock.elapsed().as_secs_f64();
-    drop(stream);
-    within(machine.ended()).await;
+    let mut machine = in_time(options, "was not launched", launch).await??;
+    let times = async {
+        let (mut stream, _) = tokio::select! {
+            dialled = in_time(options, "did not say hello", rig.listener.accept()) => dialled??,
+            end = machine.ended() => return Err(format!("no hello: {end}").into()),
+        };
+        in_time(options, "did not say hello to its end", stream.read_exact(&mut [0])).await??;
+        let hello = clock.elapsed();
+        drop(stream);
+        let mut end = None;
+        if qemu.is_none() {
+            in_time(options, "did not end", machine.ended()).await?;
+            end = Some(clock.elapsed().as_secs_f64());
+        }
+        Ok::<_, Failure>((hello.as_secs_f64(), end))
+    };
+    let times = times.await;
     machine.kill().await;
-    Ok(took)
+    times
+}
+
+/// What this future answers, or who did not do what within the deadline.
+async fn in_time<T>(options: &Options, failed: &str, future: impl Future<Output = T>) -> Result<T, Failure> {
+    let limit = options.deadline;
+    tokio::time::timeout(limit, future).await.map_err(|_| format!("{failed} within {limit:?}").into())
 }
 
 /// Lower quartile, median and upper quartile.

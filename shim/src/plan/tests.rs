@@ -255,6 +255,23 @@ fn the_reserve_comes_on_top_of_the_limit() {
 }
 
 #[test]
+fn the_kernels_tables_fit_a_small_machine_and_grow_with_it() {
+    let words = |memory| Sizing { vcpus: 1, memory: SizeMib(memory) }.kernel_words();
+    assert_eq!(
+        words(1152),
+        "dhash_entries=32768 ihash_entries=16384 thash_entries=8192 nf_conntrack.hashsize=8192 slab_max_order=0"
+    );
+    assert_eq!(
+        words(64),
+        "dhash_entries=2048 ihash_entries=1024 thash_entries=512 nf_conntrack.hashsize=128 slab_max_order=0"
+    );
+    assert_eq!(
+        words(65_536),
+        "dhash_entries=2097152 ihash_entries=1048576 thash_entries=524288 nf_conntrack.hashsize=32768"
+    );
+}
+
+#[test]
 fn processors_follow_the_quota_up_to_what_the_host_has() {
     let cpus = |quota: i64| {
         sized(move |s| s["linux"]["resources"] = json!({"cpu": {"quota": quota, "period": 100_000}})).vcpus

@@ -81,7 +81,8 @@ impl Host {
             max_vcpus: sizing.max_vcpus,
             memory: sizing.memory,
             growth: sizing.growth(BLOCK),
-            cmdline: config.hypervisor.kernel_params.clone(),
+            // What is configured comes last and thus wins.
+            cmdline: format!("{} {}", sizing.kernel_words(), config.hypervisor.kernel_params),
             share_tag: Some(SHARE_TAG.to_owned()),
             blocks: Vec::new(),
             nets: Vec::new(),
