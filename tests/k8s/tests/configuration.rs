@@ -17,14 +17,7 @@ fn configuration(t: &mut Context<'_>) -> Result<()> {
     ensure!(seen == "first line\nsecond line\nopen sesame400", "{seen}");
     let seen = t.in_pod("configuration", "main", "cat /about/labels; echo; cat /about/note")?;
     ensure!(seen == "tier=\"front\"\nof this pod", "{seen}");
-    // A token of this pod for whom it names, which is not the one to speak to the API server with.
-    let token = t.in_pod("configuration", "main", "cat /about/token")?;
-    ensure!(token.split('.').count() == 3, "{token}");
-    let script = "wget -q -O - --no-check-certificate --header \"Authorization: Bearer \
-                  $(cat /var/run/secrets/kubernetes.io/serviceaccount/token)\" \
-                  https://kubernetes.default.svc/version | grep -c v1.36";
-    let version = t.kubectl(&["exec", "configuration", "--", "sh", "-c", script]).output()?;
-    ensure!(version.out() == "1" || version.err().contains("TLS"), "{version}");
+    tokens(t)?;
     let change = r#"{"data": {"colour": "green", "page": "another\n"}}"#;
     t.kubectl_ok(&["patch", "configmap", "settings", "-p", change])?;
     t.kubectl_ok(&["patch", "secret", "password", "-p", r#"{"stringData": {"word": "close"}}"#])?;
@@ -33,5 +26,31 @@ fn configuration(t: &mut Context<'_>) -> Result<()> {
                   usleep 100000; done; cat /settings/page; echo $COLOUR";
     let seen = t.in_pod("configuration", "main", script)?;
     ensure!(seen == "another\nblue", "a variable stays as it was: {seen}");
+    Ok(())
+}
+
+/// One for the API server, as every pod has it, and one for somebody else, which the API server refuses.
+fn tokens(t: &Context<'_>) -> Result<()> {
+    t.in_pod("configuration", "main", "nc -w 60 kubernetes.default.svc 443 </dev/null")?;
+    let config = |field: &str| {
+        t.kubectl_ok(&[
+            "config",
+            "view",
+            "--raw",
+            "-o",
+            &format!("jsonpath={{.clusters[0].cluster.{field}}}"),
+        ])
+    };
+    let (server, authority) = (config("server")?, config("certificate-authority")?);
+    let whoami = |place: &str| {
+        let token = t.in_pod("configuration", "main", &format!("cat {place}"))?;
+        t.kubectl(&["auth", "whoami", "--kubeconfig=/dev/null", "--token", &token])
+            .args(["--server", &server, "--certificate-authority", &authority])
+            .args(["-o", "jsonpath={.status.userInfo.username}"])
+            .output()
+    };
+    let own = whoami("/var/run/secrets/kubernetes.io/serviceaccount/token")?.ok()?;
+    ensure!(own.out() == "system:serviceaccount:default:default", "{own}");
+    whoami("/about/token")?.expect_failure()?.expect_stderr(&["Unauthorized"])?;
     Ok(())
 }

@@ -1,7 +1,11 @@
 //! Pods behind a Service, and pods on both kinds of kernel beside each other.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
-use harness::{Context, Test};
+use harness::{Context, NODES, Test, stretched};
 
 use crate::host_kernel;
 
@@ -32,11 +36,48 @@ fn side_by_side(t: &mut Context<'_>) -> Result<()> {
     ensure!(
         t.in_pod("machine", "main", "ip -4 address show dev eth0")?.contains(&format!("inet {address}/24 "))
     );
-    let name = t.on_node("node-1", &["wget", "-q", "-O", "-", &format!("http://{address}/hostname")]);
-    if let Ok(name) = name {
-        ensure!(name == "machine", "{name}");
+    for pod in ["machine", "process"] {
+        let address = t.field(&format!("pod/{pod}"), "{.status.podIP}")?;
+        let busybox = std::env::var("BULKHEAD_TEST_BUSYBOX")?;
+        let page = format!("http://{address}/hostname");
+        ensure!(
+            t.on_node("node-1", &[&busybox, "wget", "-q", "-O", "-", &page])? == pod,
+            "the node reaches {pod}"
+        );
     }
     Ok(())
+}
+
+/// At a port of each node, whichever node the pods are on.
+fn from_outside(t: &Context<'_>, names: &[&str]) -> Result<()> {
+    t.kubectl_ok(&["expose", "deployment", "web", "--name=outside", "--type=NodePort", "--port=80"])?;
+    let port: u16 = t.field("service/outside", "{.spec.ports[0].nodePort}")?.parse()?;
+    for node in NODES {
+        let address =
+            t.field(&format!("node/{node}"), "{.status.addresses[?(@.type=='InternalIP')].address}")?;
+        let page = page(&address, port)?;
+        ensure!(names.iter().any(|name| page.ends_with(&format!("{name}\n"))), "{node}: {page}");
+    }
+    t.kubectl_ok(&["delete", "service", "outside"])?;
+    Ok(())
+}
+
+/// What the web server says there. When a node has made the rules of a Service, nothing tells: it is asked again.
+fn page(address: &str, port: u16) -> Result<String> {
+    let patience = stretched(Duration::from_secs(30));
+    let until = Instant::now() + patience;
+    let mut stream = loop {
+        match TcpStream::connect((address, port)) {
+            Ok(stream) => break stream,
+            Err(error) => ensure!(Instant::now() < until, "connect to {address}:{port}: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    stream.set_read_timeout(Some(patience))?;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+    let mut page = String::new();
+    stream.read_to_string(&mut page)?;
+    Ok(page)
 }
 
 fn web(t: &mut Context<'_>) -> Result<()> {
@@ -67,12 +108,13 @@ fn web(t: &mut Context<'_>) -> Result<()> {
             resolver.contains("nameserver 10.32.0.10") && resolver.contains("default.svc.cluster.local"),
             "{resolver}"
         );
-        let script = "for i in $(seq 60); do wget -q -O - http://web || exit 1; done | sort -u";
+        let script = "for i in $(seq 30); do wget -q -O - http://web || exit 1; done | sort -u";
         let seen = t.in_pod(client, "main", script)?;
         let mut wanted = names.clone();
         wanted.sort_unstable();
         ensure!(seen.lines().collect::<Vec<_>>() == wanted, "{client} hears {seen:?} of {wanted:?}");
     }
+    from_outside(t, &names)?;
     t.kubectl_ok(&["scale", "deployment/web", "--replicas=5"])?;
     t.wait("jsonpath={.status.readyReplicas}=5", &["deployment/web"])?;
     t.kubectl_ok(&["scale", "deployment/web", "--replicas=0"])?;

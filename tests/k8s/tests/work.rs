@@ -3,8 +3,15 @@
 use anyhow::{Result, ensure};
 use harness::{Context, Test};
 
-pub(crate) const TESTS: &[Test] =
-    &[Test::common("work::jobs", jobs), Test::common("work::stateful_sets_and_daemon_sets", sets)];
+pub(crate) const TESTS: &[Test] = &[
+    Test::common("work::jobs", jobs),
+    Test::common("work::stateful_sets_and_daemon_sets", sets),
+    Test::bulkhead(
+        "work::only_nodes_that_have_it_take_machines",
+        "the RuntimeClass of runc names no nodes",
+        nodes,
+    ),
+];
 
 fn jobs(t: &mut Context<'_>) -> Result<()> {
     t.example("job.yaml")?;
@@ -42,5 +49,21 @@ fn sets(t: &mut Context<'_>) -> Result<()> {
     t.ready(&["peer-1"])?;
     ensure!(t.field("pod/peer-1", "{.metadata.uid}")? != before);
     ensure!(t.in_pod("peer-1", "peer", "hostname")? == "peer-1");
+    Ok(())
+}
+
+/// The RuntimeClass chooses the nodes, and says what a machine costs beside its workload.
+fn nodes(t: &mut Context<'_>) -> Result<()> {
+    t.kubectl_ok(&["label", "nodes", "--all", "io.bulkhead/runtime-"])?;
+    t.example("shell.yaml")?;
+    t.event("shell", &["FailedScheduling", "didn't match Pod's node affinity/selector"])?;
+    t.kubectl_ok(&["label", "node", "node-2", "io.bulkhead/runtime=true"])?;
+    t.ready(&["shell"])?;
+    ensure!(t.field("pod/shell", "{.spec.nodeName}")? == "node-2");
+    let class = format!("runtimeclass/{}", t.settings().handler);
+    let stated = t.field(&class, "{.overhead.podFixed.memory}")?;
+    let counted = t.field("pod/shell", "{.spec.overhead.memory}")?;
+    ensure!(!stated.is_empty() && stated == counted, "{counted} of {stated}");
+    t.kubectl_ok(&["label", "nodes", "--all", "--overwrite", "io.bulkhead/runtime=true"])?;
     Ok(())
 }
