@@ -3,7 +3,7 @@
 .PHONY: help run up down env k8s k8s-down build bundle image kernel parts test test-k8s test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 run: ## from a fresh clone to a container in its own VM; leaves a private containerd up
 	@scripts/run
