@@ -256,7 +256,7 @@ fn the_reserve_comes_on_top_of_the_limit() {
 
 #[test]
 fn the_kernels_tables_fit_a_small_machine_and_grow_with_it() {
-    let words = |memory| Sizing { vcpus: 1, memory: SizeMib(memory) }.kernel_words();
+    let words = |memory| Sizing { memory: SizeMib(memory), ..sized(|_| {}) }.kernel_words();
     assert_eq!(
         words(1152),
         "dhash_entries=32768 ihash_entries=16384 thash_entries=8192 nf_conntrack.hashsize=8192 slab_max_order=0"
