@@ -260,7 +260,7 @@ mod tests {
         let request = ResizeRequest { block_bytes: 1 << 27, add: vec![at(11)], ..Default::default() };
         check_blocks(dir.path(), &request).unwrap();
         add(dir.path(), &request).await.unwrap();
-        assert_eq!(fs::read_to_string(dir.path().join("memory11/state")).unwrap(), "online\n");
+        assert_eq!(fs::read_to_string(dir.path().join("memory11/state")).unwrap(), "online");
         let odd = ResizeRequest { block_bytes: 1 << 27, add: vec![at(11) + 4096], ..Default::default() };
         assert!(check_blocks(dir.path(), &odd).is_err());
     }
