@@ -13,16 +13,17 @@ use super::record::{Added, Main, Record};
 use super::registration;
 use crate::config::Config;
 
-/// Pods lose with their shim what ends them.
+/// Pods lose with their shim what ends them. Where it cannot be known whether any runs, nothing is removed either.
 pub(super) fn refuse_pods(config: Option<&Path>) -> anyhow::Result<()> {
-    let config = Config::load(config).unwrap_or_default();
-    let (pods, _) = pods::find(&config.state_dir)?;
-    let alive: Vec<String> =
-        pods.iter().filter(|pod| pod.status() != Status::Dead).map(pods::Found::name).collect();
+    // One that is gone names no other state directory than the default.
+    let config = Config::load(config.filter(|path| path.exists()))
+        .context("nothing is removed, for it is not known where pods would be")?;
+    let (pods, unread) = pods::find(&config.state_dir)?;
+    let alive = pods.iter().filter(|pod| pod.status() != Status::Dead).map(pods::Found::name);
+    let alive: Vec<String> = alive.chain(unread).collect();
     if !alive.is_empty() {
         bail!(
-            "nothing is removed: {} pods run here, and would have nobody to end them: {}; remove them first",
-            alive.len(),
+            "nothing is removed: pods run here, and would have nobody to end them: {}; remove them first",
             alive.join(", ")
         );
     }
