@@ -70,7 +70,7 @@ start_node_containerd() {
 
 start_kubelet() {
     start_part "$1" kubelet "$k8s/bin/kubelet" --config "$k8s/$1/kubelet.yaml" --kubeconfig "$k8s/$1/kubelet.kubeconfig" \
-        --hostname-override "$1" --node-ip "$(node_address "$1")" --node-labels "io.bulkhead/runtime=true"
+        --hostname-override "$1" --node-ip "$(node_address "$1")" --node-labels "io.bulkhead/runtime=true" --v 2
 }
 
 # kubectl ARGUMENTS…: the private one, as administrator.

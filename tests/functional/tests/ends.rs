@@ -248,12 +248,7 @@ fn killed_while_running(t: &mut Context, victim: usize) -> Result<()> {
     no_success(events.wait_exit("c", 60)?)?;
     let output = run.wait()?;
     ensure!([harness::Exit::Code(137), harness::Exit::Code(255)].contains(&output.exit), "{output}");
-    let log = t.log();
-    ensure!(
-        log.lines().any(|l| l.contains("level=error") && l.contains(&part.name)),
-        "no error names {} in the log:\n{log}",
-        part.name
-    );
+    t.log_says(&["level=error", &part.name])?;
     clean_up(t)
 }
 

@@ -4,9 +4,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::command::Run;
@@ -14,6 +14,7 @@ use crate::context::Context;
 use crate::leak;
 use crate::node::Node;
 use crate::pace::stretched;
+use crate::watch;
 
 /// The nodes, by name.
 pub const NODES: [&str; 2] = ["node-1", "node-2"];
@@ -254,11 +255,18 @@ impl Context<'_> {
         let line = "-o=jsonpath={.reason}: {.message}{\"\\n\"}";
         let watch = ["get", "events", "--watch", "--field-selector", &selector, line];
         let watch = self.kubectl(&watch).deadline(PATIENCE).spawn()?;
-        let until = Instant::now() + stretched(Duration::from_secs(PATIENCE));
-        watch.wait_for_text(words.first().copied().unwrap_or_default())?;
-        let text = String::from_utf8_lossy(&watch.stdout_so_far()).into_owned();
-        let line = text.lines().find(|line| words.iter().all(|word| line.contains(word)));
-        ensure!(Instant::now() < until, "too late");
-        line.map(str::to_owned).with_context(|| format!("no event of {object} has all of {words:?}:\n{text}"))
+        // Whole lines only: the last one may still be coming.
+        let fits = |line: &&str| line.ends_with('\n') && words.iter().all(|word| line.contains(word));
+        let found = |said: &str| said.split_inclusive('\n').find(fits).map(|line| line.trim_end().to_owned());
+        watch.wait_until(&format!("an event of {object} with all of {words:?}"), |said| {
+            found(said).is_some()
+        })?;
+        found(&String::from_utf8_lossy(&watch.stdout_so_far())).context("the event is gone again")
+    }
+
+    /// Waits until the log of a node's daemon has lines with these words, in this order.
+    pub fn node_says(&self, node: &str, log: &str, lines: &[&[&str]]) -> Result<()> {
+        // From its first line: what was said before we looked counts.
+        watch::log_says(&self.node_ref().cluster_dir().join(node).join(log), 0, lines, PATIENCE)
     }
 }

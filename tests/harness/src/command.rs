@@ -358,12 +358,12 @@ impl Proc {
 
     /// Waits until `text` is in its standard output; `false` when it ends or `timeout` passes before.
     pub fn saw(&self, text: &str, timeout: Duration) -> bool {
-        self.saw_until(text, Instant::now() + stretched(timeout))
+        self.saw_until(Instant::now() + stretched(timeout), |said| said.contains(text))
     }
 
-    fn saw_until(&self, text: &str, until: Instant) -> bool {
+    fn saw_until(&self, until: Instant, enough: impl Fn(&str) -> bool) -> bool {
         let mut seen = self.stdout.seen.0.lock().unwrap_or_else(|e| e.into_inner());
-        while !String::from_utf8_lossy(&seen.bytes).contains(text) {
+        while !enough(&String::from_utf8_lossy(&seen.bytes)) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || seen.ended {
                 return false;
@@ -375,11 +375,16 @@ impl Proc {
 
     /// As [`Proc::saw`] with the command's own deadline; not seeing it is an error that shows what was said.
     pub fn wait_for_text(&self, text: &str) -> Result<()> {
-        if !self.saw_until(text, self.started + self.deadline) {
+        self.wait_until(&format!("{text:?}"), |said| said.contains(text))
+    }
+
+    /// Waits until its standard output is `enough`, which is called `what` in the error.
+    pub fn wait_until(&self, what: &str, enough: impl Fn(&str) -> bool) -> Result<()> {
+        if !self.saw_until(self.started + self.deadline, enough) {
             let out = String::from_utf8_lossy(&self.stdout_so_far()).into_owned();
             let err = self.stderr.seen.0.lock().unwrap_or_else(|e| e.into_inner());
             let err = String::from_utf8_lossy(&err.bytes).into_owned();
-            bail!("{}: {text:?} was not said; stdout: {out:?}, stderr: {err:?}", self.what);
+            bail!("{}: {what} was not said; stdout: {out:?}, stderr: {err:?}", self.what);
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use crate::pace::stretched;
 use crate::pty::Pty;
 use crate::settings::Settings;
 use crate::spec;
+use crate::watch;
 
 /// One running test.
 pub struct Context<'a> {
@@ -285,6 +286,12 @@ impl<'a> Context<'a> {
     /// containerd's log since the test began.
     pub fn log(&self) -> String {
         self.node.log_text(self.log_start)
+    }
+
+    /// Waits until containerd's log, which has the shims' lines a little later than they are written, has a line of
+    /// this test with all these words.
+    pub fn log_says(&self, words: &[&str]) -> Result<()> {
+        watch::log_says(&self.node.log_path(), self.log_start, &[words], 30)
     }
 
     pub(crate) fn log_tail(&self) -> String {

@@ -276,7 +276,7 @@ disabled_plugins = {disabled:?}
         Ok(())
     }
 
-    fn log_path(&self) -> PathBuf {
+    pub(crate) fn log_path(&self) -> PathBuf {
         self.dir.join("log")
     }
 

@@ -1,4 +1,4 @@
-//! Waiting for something new in a directory, by inotify.
+//! Waiting for something new: a file in a directory, words in a log.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -7,8 +7,23 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::inotify;
 
-use crate::command::readable;
+use crate::command::{Run, readable};
 use crate::pace::stretched;
+
+/// Waits until a log has lines from a byte on, one for each of these lists of words, in this order; at most so many
+/// seconds.
+pub(crate) fn log_says(log: &Path, from: u64, lines: &[&[&str]], seconds: u64) -> Result<()> {
+    let start = format!("+{}", from + 1);
+    let follow = Run::new("tail").args(["-c", &start, "-f"]).arg(log).deadline(seconds).spawn()?;
+    let enough = |said: &str| {
+        let mut wanted = lines.iter().peekable();
+        for line in said.lines() {
+            wanted.next_if(|words| words.iter().all(|word| line.contains(word)));
+        }
+        wanted.peek().is_none()
+    };
+    follow.wait_until(&format!("{lines:?} in {}", log.display()), enough)
+}
 
 /// Sees what is made in a directory from its own making on.
 pub struct Watcher {

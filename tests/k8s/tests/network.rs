@@ -2,9 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use harness::{Context, NODES, Test, stretched};
 
 use crate::host_kernel;
@@ -55,6 +55,10 @@ fn from_outside(t: &Context<'_>, names: &[&str]) -> Result<()> {
     for node in NODES {
         let address =
             t.field(&format!("node/{node}"), "{.status.addresses[?(@.type=='InternalIP')].address}")?;
+        // It says so when it has made the rules of a Service.
+        let made =
+            [&["\"Adding new service port\" portName=\"default/outside"], &["SyncProxyRules complete"]];
+        t.node_says(node, "proxy.log", &made.map(|words| &words[..]))?;
         let page = page(&address, port)?;
         ensure!(names.iter().any(|name| page.ends_with(&format!("{name}\n"))), "{node}: {page}");
     }
@@ -62,18 +66,11 @@ fn from_outside(t: &Context<'_>, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// What the web server says there. When a node has made the rules of a Service, nothing tells: it is asked again.
+/// What the web server says there.
 fn page(address: &str, port: u16) -> Result<String> {
-    let patience = stretched(Duration::from_secs(30));
-    let until = Instant::now() + patience;
-    let mut stream = loop {
-        match TcpStream::connect((address, port)) {
-            Ok(stream) => break stream,
-            Err(error) => ensure!(Instant::now() < until, "connect to {address}:{port}: {error}"),
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    };
-    stream.set_read_timeout(Some(patience))?;
+    let stream = TcpStream::connect((address, port));
+    let mut stream = stream.with_context(|| format!("connect to {address}:{port}"))?;
+    stream.set_read_timeout(Some(stretched(Duration::from_secs(30))))?;
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
     let mut page = String::new();
     stream.read_to_string(&mut page)?;

@@ -1,23 +1,9 @@
 //! Daemons of a node that are started anew under pods that run.
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Result, ensure};
-use harness::{Context, Test, stretched};
+use harness::{Context, Test};
 
 pub(crate) const TESTS: &[Test] = &[Test::common("restarts::kubelet_and_containerd", restarts)];
-
-/// What the test has left in the machine. A kubelet that is new does not know its pods until the API server has told
-/// it, which nothing tells but an answer.
-fn mark(t: &Context<'_>) -> Result<String> {
-    let until = Instant::now() + stretched(Duration::from_secs(30));
-    loop {
-        let exec = t.kubectl(&["exec", "machine", "--", "cat", "/mark"]).output()?;
-        if !exec.err().contains("pod does not exist") || Instant::now() > until {
-            return Ok(exec.ok()?.out());
-        }
-    }
-}
 
 fn restarts(t: &mut Context<'_>) -> Result<()> {
     t.example("side-by-side.yaml")?;
@@ -25,8 +11,11 @@ fn restarts(t: &mut Context<'_>) -> Result<()> {
     t.in_pod("machine", "main", "echo here >/mark")?;
     for (daemon, signal) in [("kubelet", "KILL"), ("containerd", "TERM"), ("containerd", "KILL")] {
         t.on_node("node-1", &["restart", daemon, signal])?;
+        // A kubelet that is new does not know its pods until the API server has told it.
+        t.node_says("node-1", "kubelet.log", &[&["\"SyncLoop ADD\" source=\"api\"", "default/machine"]])?;
         // Still the same container, with which everything can be done.
-        ensure!(mark(t)? == "here", "after the restart of {daemon}");
+        let mark = t.kubectl_ok(&["exec", "machine", "--", "cat", "/mark"])?;
+        ensure!(mark == "here", "after the restart of {daemon}");
         t.wait("condition=Ready", &["node/node-1"])?;
         ensure!(!t.kubectl_ok(&["logs", "machine"])?.is_empty());
     }
