@@ -16,6 +16,8 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("ends::shim_killed_during_exec", shim_killed_during_exec),
     Test::common("ends::shim_killed_before_create", shim_killed_before_create),
     Test::common("ends::shim_killed_while_stopping", shim_killed_while_stopping),
+    Test::common("ends::containerd_killed_before_create", containerd_killed_before_create),
+    Test::common("ends::containerd_killed_while_stopping", containerd_killed_while_stopping),
     Test::common("ends::containerd_killed_during_exec", containerd_killed_during_exec),
     Test::bulkhead("ends::vmm_killed_while_running", PARTS, |t| killed_while_running(t, 0)),
     Test::bulkhead("ends::helpers_killed_while_running", PARTS, |t| each_helper(t, killed_while_running)),
@@ -25,6 +27,8 @@ pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("ends::helpers_killed_while_stopping", PARTS, |t| {
         each_helper(t, part_killed_while_stopping)
     }),
+    Test::bulkhead("ends::vmm_killed_at_its_launch", PARTS, |t| killed_at_its_launch(t, 0)),
+    Test::bulkhead("ends::helpers_killed_at_their_launch", PARTS, |t| each_helper(t, killed_at_its_launch)),
     Test::bulkhead("ends::vmm_killed_during_boot", PARTS, |t| killed_during_boot(t, 0)),
     Test::bulkhead("ends::helpers_killed_during_boot", PARTS, |t| each_helper(t, killed_during_boot)),
     Test::bulkhead("ends::shim_killed_during_boot", PARTS, shim_killed_during_boot),
@@ -34,6 +38,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 const PARTS: &str = "a container of runc has no machine";
 const SHIM: &str = "containerd-shim-";
+const SOCKETS: &str = "/run/containerd/s";
 
 /// Kills the one process of the runtime whose name starts with `name`, and waits until it is gone.
 fn kill(t: &Context, name: &str) -> Result<()> {
@@ -146,13 +151,28 @@ fn no_success(status: u64) -> Result<()> {
     Ok(())
 }
 
-/// As early as can be seen from outside: the shim's socket has just appeared.
-fn shim_killed_before_create(t: &mut Context) -> Result<()> {
-    let sockets = Path::new("/run/containerd/s");
+/// A container that is on its way, as early as can be seen from outside: the shim's socket has just appeared.
+fn before_create(t: &mut Context) -> Result<harness::Proc> {
+    let sockets = Path::new(SOCKETS);
     std::fs::create_dir_all(sockets)?;
     let appears = Watcher::new(sockets)?;
     let run = t.run(&["--rm"], "c", &["true"]).spawn()?;
     appears.wait(Duration::from_secs(30))?;
+    Ok(run)
+}
+
+fn containerd_killed_before_create(t: &mut Context) -> Result<()> {
+    let run = before_create(t)?;
+    t.node().kill()?;
+    run.wait()?.expect_failure()?;
+    t.node().launch()?;
+    clean_up(t)?;
+    t.run(&["--rm"], "c", &["true"]).output()?.ok()?;
+    Ok(())
+}
+
+fn shim_killed_before_create(t: &mut Context) -> Result<()> {
+    let run = before_create(t)?;
     // The program may be the one that starts the server, or the server: both are the shim's.
     let shims: Vec<_> = t.processes().into_iter().filter(|p| p.name.starts_with(SHIM)).collect();
     for shim in shims {
@@ -166,7 +186,7 @@ fn shim_killed_before_create(t: &mut Context) -> Result<()> {
     // If it came before there was a server, the socket is there and nobody who could remove it: containerd calls no
     // `delete` for a shim that has not answered. Whoever takes the name next replaces it.
     let alone = !t.processes().iter().any(|p| p.name.starts_with(SHIM));
-    if alone && std::fs::read_dir(sockets)?.next().is_some() {
+    if alone && std::fs::read_dir(SOCKETS)?.next().is_some() {
         t.run(&["--rm"], "c", &["true"]).output()?.ok()?;
     }
     Ok(())
@@ -180,13 +200,31 @@ fn part_killed_while_stopping(t: &mut Context, part: usize) -> Result<()> {
     killed_while_stopping(t, |t| kill_part(t, part).map(drop))
 }
 
-/// Killed between the request to stop and the end.
-fn killed_while_stopping(t: &mut Context, kill: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
-    let mut events = t.events()?;
+/// A container that was told to stop and does not.
+fn stopping(t: &mut Context) -> Result<harness::Proc> {
     let script = "trap 'while :; do :; done' TERM; echo up; while :; do sleep 1000 & wait; done";
     let run = t.run(&[], "c", &["sh", "-c", script]).spawn()?;
     run.wait_for_text("up")?;
     t.ctr_ok(&["task", "kill", "c"])?;
+    Ok(run)
+}
+
+/// It goes on stopping, and what is left of it is for the user to end.
+fn containerd_killed_while_stopping(t: &mut Context) -> Result<()> {
+    let run = stopping(t)?;
+    t.node().kill()?;
+    run.wait()?.expect_failure()?;
+    t.node().launch()?;
+    let mut events = t.events()?;
+    t.ctr_ok(&["task", "kill", "--signal", "KILL", "c"])?;
+    no_success(events.wait_exit("c", 60)?)?;
+    clean_up(t)
+}
+
+/// Killed between the request to stop and the end.
+fn killed_while_stopping(t: &mut Context, kill: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
+    let mut events = t.events()?;
+    let run = stopping(t)?;
     kill(t)?;
     no_success(events.wait_exit("c", 60)?)?;
     run.wait()?.expect_failure()?;
@@ -271,7 +309,8 @@ fn doorkeeper(t: &mut Context, part: &Part) -> Result<(PathBuf, PathBuf)> {
     let named = config.get("hypervisor").and_then(|h| h.get(part.key)).and_then(|p| p.as_str());
     let real = t.settings().program(named.unwrap_or(&part.program))?;
     let (here, go) = (t.dir().join(format!("{}-here", part.key)), t.dir().join(format!("{}-go", part.key)));
-    for fifo in [&here, &go] {
+    // An earlier victim may have had them.
+    for fifo in [&here, &go].into_iter().filter(|fifo| !fifo.exists()) {
         harness::Run::new("mkfifo").arg(fifo).output()?.ok()?;
     }
     let script = format!(
@@ -291,36 +330,55 @@ fn doorkeeper(t: &mut Context, part: &Part) -> Result<(PathBuf, PathBuf)> {
 struct Door {
     run: harness::Proc,
     part: Part,
+    /// All parts of such a machine, with the pids of another.
+    parts: Vec<Part>,
     pid: u32,
     go: PathBuf,
 }
 
-fn boot_to_the_door(t: &mut Context, part: usize) -> Result<Door> {
+/// With more words for the guest's kernel.
+fn boot_to_the_door(t: &mut Context, part: usize, kernel_params: &str) -> Result<Door> {
     let parts = parts_of_a_pod(t)?;
     let part = parts.get(part).cloned().with_context(|| format!("there is no part {part}"))?;
+    t.set_config("hypervisor", "kernel_params", kernel_params.into())?;
     let (here, go) = doorkeeper(t, &part)?;
     let run = t.run(&[], "c", &["true"]).spawn()?;
     let pid = harness::Run::new("cat").arg(&here).deadline(60).output()?.ok()?.out().parse()?;
-    Ok(Door { run, part, pid, go })
+    Ok(Door { run, part, parts, pid, go })
 }
 
-fn killed_during_boot(t: &mut Context, victim: usize) -> Result<()> {
-    let door = boot_to_the_door(t, victim)?;
+fn killed_at_its_launch(t: &mut Context, victim: usize) -> Result<()> {
+    let door = boot_to_the_door(t, victim, "")?;
     let fd = signal_process(door.pid, Signal::KILL, |pid| t.processes().iter().any(|p| p.pid == pid))?;
     wait_for_exit(&fd, Duration::from_secs(10))?;
     door.run.wait()?.expect_failure()?.expect_stderr(&[&door.part.name])?;
     clean_up(t)
 }
 
+/// The guest's kernel is up, and waits for a disk that never comes.
+fn killed_during_boot(t: &mut Context, victim: usize) -> Result<()> {
+    let door = boot_to_the_door(t, 0, "loglevel=7 rdinit=/nothing rootdelay=1000")?;
+    let console = t.pod_dir("c")?.join("console.log");
+    let written = Watcher::of_file(&console)?;
+    std::fs::write(&door.go, "go\n")?;
+    while !String::from_utf8_lossy(&std::fs::read(&console)?).contains("Waiting 1000 sec") {
+        written.wait(Duration::from_secs(60))?;
+    }
+    let part = door.parts.get(victim).with_context(|| format!("there is no part {victim}"))?;
+    kill(t, &part.program)?;
+    door.run.wait()?.expect_failure()?.expect_stderr(&[&part.name])?;
+    clean_up(t)
+}
+
 fn shim_killed_during_boot(t: &mut Context) -> Result<()> {
-    let door = boot_to_the_door(t, 0)?;
+    let door = boot_to_the_door(t, 0, "")?;
     kill(t, SHIM)?;
     door.run.wait()?.expect_failure()?;
     clean_up(t)
 }
 
 fn containerd_killed_during_boot(t: &mut Context) -> Result<()> {
-    let door = boot_to_the_door(t, 0)?;
+    let door = boot_to_the_door(t, 0, "")?;
     t.node().kill()?;
     door.run.wait()?.expect_failure()?;
     std::fs::write(&door.go, "go\n")?;

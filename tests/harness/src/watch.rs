@@ -25,26 +25,36 @@ pub(crate) fn log_says(log: &Path, from: u64, lines: &[&[&str]], seconds: u64) -
     follow.wait_until(&format!("{lines:?} in {}", log.display()), enough)
 }
 
-/// Sees what is made in a directory from its own making on.
+/// Sees what is made in a directory, or written to a file, from its own making on.
 pub struct Watcher {
     fd: OwnedFd,
 }
 
 impl Watcher {
-    /// Watches `dir`.
+    /// Watches `dir` for what is made there.
     pub fn new(dir: &Path) -> Result<Self> {
+        Self::of(dir, inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO)
+    }
+
+    /// Watches `file` for what is written to it.
+    pub fn of_file(file: &Path) -> Result<Self> {
+        Self::of(file, inotify::WatchFlags::MODIFY)
+    }
+
+    fn of(path: &Path, events: inotify::WatchFlags) -> Result<Self> {
         let fd = inotify::init(inotify::CreateFlags::CLOEXEC).context("inotify")?;
-        let events = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
-        inotify::add_watch(&fd, dir, events).with_context(|| format!("watch {}", dir.display()))?;
+        inotify::add_watch(&fd, path, events).with_context(|| format!("watch {}", path.display()))?;
         Ok(Self { fd })
     }
 
-    /// Waits until something has been made.
+    /// Waits until something of it has happened since the last time.
     pub fn wait(&self, timeout: Duration) -> Result<()> {
         let timeout = stretched(timeout);
         if !readable(self.fd.as_fd(), timeout)? {
-            bail!("nothing was made within {timeout:?}");
+            bail!("nothing happened within {timeout:?}");
         }
+        // Several events at once are one.
+        rustix::io::read(&self.fd, &mut [0; 4096]).context("read of inotify")?;
         Ok(())
     }
 }
