@@ -16,7 +16,7 @@ const BLOCK: &str = "/sys/block";
 type Numbers = (i64, i64);
 
 /// The guest's numbers for some of the host's.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Disks(Vec<(Numbers, Numbers)>);
 
 impl Disks {
@@ -31,13 +31,16 @@ impl Disks {
             .collect()
     }
 
+    /// The guest's numbers for a device of the host, if it has it.
+    pub(crate) fn guests(&self, major: i64, minor: i64) -> Option<Numbers> {
+        self.0.iter().find(|(host, _)| *host == (major, minor)).map(|(_, guest)| *guest)
+    }
+
     /// Puts the guest's numbers in the place of the host's: in the list of devices and in the rules for them.
     pub(crate) fn translate(&self, linux: &mut Linux) {
-        let guests =
-            |major, minor| self.0.iter().find(|(host, _)| *host == (major, minor)).map(|(_, guest)| *guest);
         let mut devices = linux.devices().clone().unwrap_or_default();
         for device in devices.iter_mut().filter(|d| d.typ() == LinuxDeviceType::B) {
-            if let Some((major, minor)) = guests(device.major(), device.minor()) {
+            if let Some((major, minor)) = self.guests(device.major(), device.minor()) {
                 device.set_major(major).set_minor(minor);
             }
         }
@@ -46,7 +49,7 @@ impl Disks {
         let mut rules = resources.devices().clone().unwrap_or_default();
         for rule in rules.iter_mut().filter(|r| r.typ() == Some(LinuxDeviceType::B)) {
             if let (Some(major), Some(minor)) = (rule.major(), rule.minor())
-                && let Some((major, minor)) = guests(major, minor)
+                && let Some((major, minor)) = self.guests(major, minor)
             {
                 rule.set_major(Some(major)).set_minor(Some(minor));
             }

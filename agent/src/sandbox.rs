@@ -76,6 +76,8 @@ struct Container {
     last_mile: LastMile,
     /// Set if it is in the pod's user namespace.
     users: Option<Users>,
+    /// Its block devices.
+    disks: Disks,
     /// Running processes by exec id; an empty id is init.
     processes: HashMap<String, Process>,
     /// The kernel's count of OOM kills that was last told.
@@ -186,12 +188,14 @@ impl Sandbox {
                 users: state.users.as_ref(),
             };
             let create = spec::container(id, &request.spec, terminal_of(&request.stdio), &guest)?;
+            let disks = guest.disks;
             state.containers.insert(
                 id.clone(),
                 Container {
                     status: Status::Busy("being created"),
                     last_mile: create.last_mile.clone(),
                     users: create.users.clone(),
+                    disks,
                     processes: HashMap::new(),
                     oom_kills: 0,
                     oom_watch: None,
@@ -407,7 +411,8 @@ impl Sandbox {
         let _one_at_a_time = self.updating.lock().await;
         let before = limits::read(&cgroup).doing(|| format!("read the limits of container {id}"))?;
         let updated = if request.before.is_empty() {
-            let resources = spec::resources(&request.resources)?;
+            let disks = self.state().container(id)?.disks.clone();
+            let resources = spec::resources(&request.resources, &disks)?;
             self.launcher.update(id, resources).await.map_err(Error::from)
         } else {
             limits::write(&cgroup, &request.before).doing(|| format!("set the limits of container {id}"))

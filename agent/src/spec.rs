@@ -10,7 +10,8 @@ use std::{
 
 use oci_spec::runtime::{
     Hook, Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources, LinuxSeccompAction, Process, Spec,
+    LinuxNamespaceType, LinuxPersonalityDomain, LinuxResources, LinuxSeccompAction, LinuxThrottleDevice,
+    LinuxThrottleDeviceBuilder, Process, Spec,
 };
 
 use crate::{
@@ -61,6 +62,10 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     linux.set_personality(None);
 
     guest.disks.translate(&mut linux);
+    if let Some(mut resources) = linux.resources().clone() {
+        block_io(&mut resources, &guest.disks)?;
+        linux.set_resources(Some(resources));
+    }
     let devices = devices(&mut linux, guest)?;
     refuse_sharing(&spec)?;
     let users = join_users(&mut linux, &process, guest)?;
@@ -95,11 +100,12 @@ pub(crate) fn exec(
     Ok(Exec { init, process, last_mile, users: users.cloned() })
 }
 
-/// Reads and checks limits.
-pub(crate) fn resources(json: &[u8]) -> Result<LinuxResources> {
+/// Reads and checks limits for a container that has `disks`.
+pub(crate) fn resources(json: &[u8], disks: &Disks) -> Result<LinuxResources> {
     let mut resources: LinuxResources =
         serde_json::from_slice(json).map_err(|e| invalid("the resources", &e))?;
     refuse_resources(&resources)?;
+    block_io(&mut resources, disks)?;
     // Access to devices was settled when the container was made.
     resources.set_devices(None);
     Ok(resources)
@@ -359,6 +365,47 @@ fn refuse_resources(resources: &LinuxResources) -> Result<()> {
     if resources.rdma().as_ref().is_some_and(|limits| !limits.is_empty()) {
         return refuse("rdma", "the guest has no RDMA devices");
     }
+    Ok(())
+}
+
+/// Limits of the host's block devices for the guest's. Others than the container's own disks are not here: its files
+/// come over a share, whose disks only the host can throttle.
+fn block_io(resources: &mut LinuxResources, disks: &Disks) -> Result<()> {
+    let Some(mut io) = resources.block_io().clone() else { return Ok(()) };
+    let name = "linux.resources.blockIO";
+    if io.leaf_weight().is_some_and(|weight| weight > 0) {
+        return Err(refuse(&format!("{name}.leafWeight"), "cgroup v2 has no weights of leaves".into()));
+    }
+    if io.weight_device().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(refuse(
+            &format!("{name}.weightDevice"),
+            "the guest weighs containers, not devices".into(),
+        ));
+    }
+    let limits = |devices: &Option<Vec<LinuxThrottleDevice>>| {
+        let translated = devices.iter().flatten().map(|limit| {
+            let (major, minor) = (limit.major(), limit.minor());
+            let (major, minor) = disks.guests(major, minor).ok_or_else(|| {
+                refuse(name, format!("{major}:{minor} is not a device of the container's own in the guest"))
+            })?;
+            let limit = LinuxThrottleDeviceBuilder::default().major(major).minor(minor).rate(limit.rate());
+            limit.build().map_err(|e| refuse(name, e.to_string()))
+        });
+        translated.collect::<Result<Vec<_>>>().map(|all| Some(all).filter(|all| !all.is_empty()))
+    };
+    let (read, write) = (limits(io.throttle_read_bps_device())?, limits(io.throttle_write_bps_device())?);
+    io.set_throttle_read_bps_device(read).set_throttle_write_bps_device(write);
+    let (read, write) = (limits(io.throttle_read_iops_device())?, limits(io.throttle_write_iops_device())?);
+    io.set_throttle_read_iops_device(read).set_throttle_write_iops_device(write);
+    // libcgroups' own conversion overflows. Weights of cgroup v1 go from 10 to 1000, those of v2 from 1 to 10000.
+    if let Some(weight) = io.weight().filter(|weight| *weight > 0) {
+        let weight = 1 + (u32::from(weight).clamp(10, 1000) - 10) * 9999 / 990;
+        let mut unified = resources.unified().clone().unwrap_or_default();
+        unified.entry("io.weight".into()).or_insert(weight.to_string());
+        resources.set_unified(Some(unified));
+    }
+    io.set_weight(None);
+    resources.set_block_io(Some(io));
     Ok(())
 }
 

@@ -169,6 +169,16 @@ fn what_cannot_be_honoured_is_refused_by_name() {
             json!({"disableOOMKiller": true}),
             "linux.resources.memory.disableOOMKiller: ",
         ),
+        (
+            "/linux/resources/blockIO",
+            json!({"weightDevice": [{"major": 8, "minor": 0, "weight": 10}]}),
+            "linux.resources.blockIO.weightDevice: ",
+        ),
+        (
+            "/linux/resources/blockIO",
+            json!({"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 10}]}),
+            "linux.resources.blockIO: 8:0 is not ",
+        ),
         ("/linux/resources/network", json!({"classID": 1}), "linux.resources.network: "),
         ("/linux/namespaces", json!([{"type": "user"}]), "linux.namespaces: user: "),
         ("/linux/namespaces", json!([{"type": "ipc", "path": "/proc/1/ns/ipc"}]), "linux.namespaces: ipc: "),
@@ -264,11 +274,41 @@ fn ids_are_plain_names() {
 }
 
 #[test]
+fn limits_of_devices_are_those_of_the_guests() {
+    let disks: Disks = [((8, 1), (254, 16))].into_iter().collect();
+    let limits =
+        br#"{"blockIO": {"weight": 1000, "throttleReadBpsDevice": [{"major": 8, "minor": 1, "rate": 7}],
+        "throttleWriteIOPSDevice": [{"major": 8, "minor": 1, "rate": 9}], "throttleWriteBpsDevice": []}}"#;
+    let limits = resources(limits, &disks).unwrap();
+    assert_eq!(limits.unified().as_ref().unwrap()["io.weight"], "10000");
+    let io = limits.block_io().clone().unwrap();
+    let one = |list: &Option<Vec<LinuxThrottleDevice>>| {
+        list.as_ref().map(|list| list.iter().map(|l| (l.major(), l.minor(), l.rate())).collect::<Vec<_>>())
+    };
+    assert_eq!(io.weight(), None);
+    assert_eq!(one(io.throttle_read_bps_device()), Some(vec![(254, 16, 7)]));
+    assert_eq!(one(io.throttle_write_iops_device()), Some(vec![(254, 16, 9)]));
+    assert_eq!(one(io.throttle_write_bps_device()), None);
+    for (given, expected) in [(0, None), (10, Some("1")), (500, Some("4950"))] {
+        let limits =
+            resources(format!(r#"{{"blockIO": {{"weight": {given}}}}}"#).as_bytes(), &disks).unwrap();
+        let weight = limits.unified().as_ref().and_then(|unified| unified.get("io.weight"));
+        assert_eq!(weight.map(String::as_str), expected);
+    }
+}
+
+#[test]
 fn limits_are_read_and_rules_of_devices_left_alone() {
-    let limits = resources(br#"{"memory": {"limit": 5}, "devices": [{"allow": false}]}"#).unwrap();
+    let limits =
+        resources(br#"{"memory": {"limit": 5}, "devices": [{"allow": false}]}"#, &Disks::default()).unwrap();
     assert_eq!(limits.memory().as_ref().unwrap().limit(), Some(5));
     assert!(limits.devices().is_none());
-    assert!(resources(b"{").unwrap_err().to_string().starts_with("the resources cannot be read: "));
+    assert!(
+        resources(b"{", &Disks::default())
+            .unwrap_err()
+            .to_string()
+            .starts_with("the resources cannot be read: ")
+    );
 }
 
 proptest::proptest! {
@@ -276,6 +316,6 @@ proptest::proptest! {
     #[test]
     fn any_bytes_are_refused_without_panic(bytes: Vec<u8>) {
         let _ = container("c", &bytes, None, &guest());
-        let _ = resources(&bytes);
+        let _ = resources(&bytes, &Disks::default());
     }
 }

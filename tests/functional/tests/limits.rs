@@ -1,7 +1,7 @@
 //! Limits, and what happens at them.
 
-use anyhow::{Context as _, Result, ensure};
-use harness::{Context, Test};
+use anyhow::{Context as _, Result, bail, ensure};
+use harness::{Context, Run, Test};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::common("limits::memory", memory),
@@ -9,6 +9,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("limits::memory_is_all_usable", memory_is_all_usable),
     Test::common("limits::cpus", cpus),
     Test::common("limits::pids", pids),
+    Test::bulkhead("limits::devices", "runc limits the host's own devices", devices),
 ];
 
 /// Shows the container's own control group inside, whichever version the kernel has.
@@ -68,5 +69,38 @@ fn pids(t: &mut Context) -> Result<()> {
     let output = run.output()?.expect_failure()?.expect_stderr(&["can't fork"])?;
     let last: u32 = output.out().lines().last().context("nothing was said")?.parse()?;
     ensure!((8..=11).contains(&last), "{last} processes were allowed of 12");
+    Ok(())
+}
+
+/// A limit of the host's device is one of what stands for it in the guest; one of any other device is refused.
+fn devices(t: &mut Context) -> Result<()> {
+    let file = t.write("disk", vec![0; 1 << 20])?;
+    let device = Run::new("losetup").args(["--find", "--show"]).arg(&file).output()?.ok()?.out();
+    let limited = |t: &mut Context, name: &str| -> Result<harness::Output> {
+        let number = device.trim_start_matches("/dev/loop").parse::<u32>()?;
+        let script = format!("{GO} cat io.weight io.max; stat -c '%t %T' {device}");
+        let run = t.run_spec(name, &["sh", "-c", &script], |spec| {
+            let other = u32::from(name == "other");
+            spec["linux"]["devices"] =
+                serde_json::json!([{ "path": device, "type": "b", "major": 7, "minor": number }]);
+            if let Some(mounts) = spec["mounts"].as_array_mut() {
+                mounts.push(serde_json::json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup" }));
+            }
+            spec["linux"]["resources"]["blockIO"] = serde_json::json!({
+                "weight": 500,
+                "throttleReadBpsDevice": [{ "major": 7, "minor": number + other, "rate": 1 << 20 }],
+            });
+        });
+        run?.output()
+    };
+    let results = (limited(t, "c"), limited(t, "other"));
+    Run::new("losetup").arg("--detach").arg(&device).output()?.ok()?;
+    let output = results.0?.ok()?;
+    let said = output.out();
+    let [weight, max, numbers] = said.lines().collect::<Vec<_>>()[..] else { bail!("{output}") };
+    let numbers: Vec<_> = numbers.split(' ').map(|n| u32::from_str_radix(n, 16)).collect::<Result<_, _>>()?;
+    ensure!(weight == "default 4950", "{output}");
+    ensure!(max.starts_with(&format!("{}:{} rbps=1048576 ", numbers[0], numbers[1])), "{output}");
+    results.1?.expect_failure()?.expect_stderr(&["linux.resources.blockIO: 7:", "is not a device"])?;
     Ok(())
 }
