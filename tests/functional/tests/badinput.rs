@@ -115,15 +115,22 @@ fn config_wrong_type(t: &mut Context) -> Result<()> {
 }
 
 fn config_missing_kernel(t: &mut Context) -> Result<()> {
-    t.set_config("hypervisor", "kernel", "/no/such/vmlinux".into())?;
-    refused(t, &[])?.expect_stderr(&["/no/such/vmlinux", "hypervisor.kernel"])?;
+    cannot_be_read(t, "kernel", "/no/such/vmlinux")
+}
+
+/// A file of the guest that is not there, and one that is no file; root may read every other.
+fn cannot_be_read(t: &mut Context, key: &str, missing: &str) -> Result<()> {
+    let key_name = format!("hypervisor.{key}");
+    t.set_config("hypervisor", key, missing.into())?;
+    refused(t, &[])?.expect_stderr(&[missing, &key_name])?;
+    let directory = t.dir().display().to_string();
+    t.set_config("hypervisor", key, directory.as_str().into())?;
+    refused(t, &[])?.expect_stderr(&[&directory, &key_name])?;
     Ok(())
 }
 
 fn config_missing_image(t: &mut Context) -> Result<()> {
-    t.set_config("hypervisor", "image", "/no/such/guest.cpio".into())?;
-    refused(t, &[])?.expect_stderr(&["/no/such/guest.cpio", "hypervisor.image"])?;
-    Ok(())
+    cannot_be_read(t, "image", "/no/such/guest.cpio")
 }
 
 /// The keys of the programs that make a machine here, that of the VMM first.
@@ -138,6 +145,9 @@ fn config_missing_programs(t: &mut Context) -> Result<()> {
     for key in program_keys(t)? {
         let path = format!("/no/such/{key}");
         t.reset_config()?;
+        t.set_config("hypervisor", key, path.as_str().into())?;
+        refused(t, &[])?.expect_stderr(&[&path, &format!("hypervisor.{key}")])?;
+        let path = t.write(key, "#!/bin/sh\n")?.display().to_string();
         t.set_config("hypervisor", key, path.as_str().into())?;
         refused(t, &[])?.expect_stderr(&[&path, &format!("hypervisor.{key}")])?;
     }
@@ -164,15 +174,12 @@ fn memory_too_small_to_boot(t: &mut Context) -> Result<()> {
     t.set_config("sandbox", "memory_mib", 16.into())?;
     t.set_config("sandbox", "memory_reserve_mib", 16.into())?;
     // What there is, and what it takes.
-    refused(t, &[])?.expect_stderr(&["32 MiB", "at least", "MiB to boot"])?;
+    refused(t, &[])?.expect_stderr(&["32 MiB", "at least 64 MiB to boot"])?;
     // A limit of the container's own with too small a reserve is no better.
     t.reset_config()?;
     t.set_config("sandbox", "memory_reserve_mib", 0.into())?;
-    refused(t, &["--memory-limit", "20971520"])?.expect_stderr(&[
-        "20 MiB",
-        "at least",
-        "MiB of memory to boot",
-    ])?;
+    refused(t, &["--memory-limit", "20971520"])?
+        .expect_stderr(&["20 MiB", "at least 64 MiB of memory to boot"])?;
     Ok(())
 }
 
@@ -237,7 +244,7 @@ fn cwd_does_not_exist(t: &mut Context) -> Result<()> {
 
 fn spec_without_process(t: &mut Context) -> Result<()> {
     let run = t.run_spec("c", &["true"], |spec| spec["process"] = serde_json::Value::Null)?;
-    run.output()?.expect_failure()?;
+    run.output()?.expect_failure()?.expect_stderr(&["process"])?;
     Ok(())
 }
 
