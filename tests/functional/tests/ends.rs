@@ -33,6 +33,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("ends::helpers_killed_during_boot", PARTS, |t| each_helper(t, killed_during_boot)),
     Test::bulkhead("ends::shim_killed_during_boot", PARTS, shim_killed_during_boot),
     Test::bulkhead("ends::containerd_killed_during_boot", PARTS, containerd_killed_during_boot),
+    Test::common("ends::a_reboot_is_the_containers", reboot),
     Test::bulkhead("ends::guest_panic", "runc has no guest", guest_panic),
 ];
 
@@ -384,6 +385,20 @@ fn containerd_killed_during_boot(t: &mut Context) -> Result<()> {
     std::fs::write(&door.go, "go\n")?;
     t.node().launch()?;
     clean_up(t)
+}
+
+/// Whoever has the right to it ends its own processes by it, as the kernel has it for a namespace of pids.
+fn reboot(t: &mut Context) -> Result<()> {
+    for (command, signal) in [("reboot", 1), ("poweroff", 2)] {
+        t.start_sleeper(&["--privileged"], "c")?;
+        let mut events = t.events()?;
+        // The kernel has the caller end well, or kills it with the rest.
+        t.exec("c", "e", &[command, "-f"]).output()?;
+        let status = events.wait_exit("c", 60)?;
+        ensure!(status == 128 + signal, "the exit status is {status} after {command}");
+        t.remove("c")?;
+    }
+    Ok(())
 }
 
 fn guest_panic(t: &mut Context) -> Result<()> {

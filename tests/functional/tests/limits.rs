@@ -9,6 +9,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("limits::memory_is_all_usable", memory_is_all_usable),
     Test::common("limits::cpus", cpus),
     Test::common("limits::pids", pids),
+    Test::bulkhead("limits::without_one", "a container of runc has no machine", without_one),
     Test::bulkhead("limits::devices", "runc limits the host's own devices", devices),
 ];
 
@@ -103,4 +104,26 @@ fn devices(t: &mut Context) -> Result<()> {
     ensure!(max.starts_with(&format!("{}:{} rbps=1048576 ", numbers[0], numbers[1])), "{output}");
     results.1?.expect_failure()?.expect_stderr(&["linux.resources.blockIO: 7:", "is not a device"])?;
     Ok(())
+}
+
+/// The machine has the documented size, of which the host has given what was touched.
+fn without_one(t: &mut Context) -> Result<()> {
+    let mount = ["--mount", "type=tmpfs,src=tmpfs,dst=/filled,options=size=400m"];
+    t.start_sleeper(&mount, "c")?;
+    let memory = |t: &mut Context| -> Result<(u64, u64)> {
+        let ps = t.bulkhead(&["ps", "--output", "json"])?.output()?.ok()?;
+        let pods: serde_json::Value = serde_json::from_slice(&ps.stdout)?;
+        let figure = |key: &str| pods[0][key].as_u64().with_context(|| format!("no {key} in {ps}"));
+        Ok((figure("memory_mib")?, figure("memory_used_bytes")? >> 20))
+    };
+    let (size, before) = memory(t)?;
+    let total =
+        t.exec("c", "e", &["awk", "/MemTotal/{print int($2/1024)}", "/proc/meminfo"]).output()?.ok()?;
+    let total: u64 = total.out().parse()?;
+    ensure!(size == 1152 && (1100..=1152).contains(&total), "{size} MiB, of which the guest sees {total}");
+    ensure!(before < size / 2, "{before} of {size} MiB are used by a machine that has done nothing");
+    t.exec("c", "f", &["dd", "if=/dev/zero", "of=/filled/file", "bs=1M", "count=300"]).output()?.ok()?;
+    let (_, after) = memory(t)?;
+    ensure!((290..=380).contains(&after.saturating_sub(before)), "300 MiB more were {before} -> {after} MiB");
+    t.remove("c")
 }

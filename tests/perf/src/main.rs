@@ -193,7 +193,7 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
             .with_note(stages(&timeline)),
         Measure::beside("first byte", Unit::Seconds, &starts.first_byte.runc, &starts.first_byte.bulkhead)
             .with_note(silence(&starts.silent)),
-        if kvm { launch_to_hello } else { launch_to_hello.at_most(0.7, Unit::Seconds) },
+        if kvm { launch_to_hello } else { launch_to_hello.at_most(0.7, Unit::Seconds).with_note(kernel(&timeline)) },
         Measure::beside("ctr task exec … true", Unit::Seconds, &execs.runc, &execs.bulkhead)
             .at_most(exec, Unit::TimesRunc),
         Measure { ratio: None, ..Measure::beside("processor time of a start", Unit::Seconds, &idle_runc.cpu, &idle.cpu) }
@@ -321,6 +321,12 @@ fn stages(spans: &[Span]) -> String {
         true => "the shim wrote no spans".into(),
         false => format!("longest stages of the median start: {}", shown.join(", ")),
     }
+}
+
+/// The part of a boot that is the guest's kernel's.
+fn kernel(spans: &[Span]) -> String {
+    let seconds: f64 = spans.iter().filter(|span| span.name == "kernel").map(Span::seconds).sum();
+    format!("the guest's kernel takes {seconds:.3} s of the median start's")
 }
 
 #[cfg(test)]
