@@ -3,8 +3,9 @@
 //! counts of exits and calls hold too, and the time is a time. Prints a table and writes JSON; asserts nothing.
 //!
 //! ```text
-//! BULKHEAD_TEST_…=… kvm --initrd FILE [--output FILE] [--memory MIB,MIB] [--qemu PROGRAM] [--net] [--accesses] [--trace FILE] [--append WORDS] [--times ROUNDS] [--deadline SECONDS]
+//! BULKHEAD_TEST_…=… kvm --initrd FILE [--output FILE] [--memory MIB,MIB] [--room PROCESSORS,MIB] [--qemu PROGRAM] [--net] [--accesses] [--trace FILE] [--append WORDS] [--times ROUNDS] [--deadline SECONDS]
 //! ```
+//! `--room` measures the first size once more, with room for so many processors and so much more memory.
 //! `--accesses` prints what was accessed, `--trace` keeps the last trace. `--times` measures nothing but the time from
 //! launch to hello and to the machine's end, of ours and of QEMU's machines in turns; what takes longer than the
 //! deadline (60 s each) is told and left out.
@@ -58,10 +59,18 @@ const ALL_EVENTS: &[&str] = &[
 /// The tap that a network card is measured with.
 const TAP: &str = "bh-bench0";
 
+/// What a machine may be given later.
+#[derive(Clone, Copy)]
+struct Room {
+    processors: u32,
+    memory: u64,
+}
+
 struct Options {
     initrd: Vec<u8>,
     output: Option<PathBuf>,
     memory: Vec<u64>,
+    room: Option<Room>,
     qemu: Option<PathBuf>,
     net: bool,
     accesses: bool,
@@ -76,6 +85,7 @@ fn options() -> Result<Options, Failure> {
         initrd: Vec::new(),
         output: None,
         memory: vec![512, 2048],
+        room: None,
         qemu: None,
         net: false,
         accesses: false,
@@ -91,6 +101,11 @@ fn options() -> Result<Options, Failure> {
             "--initrd" => options.initrd = fs::read(value()?)?,
             "--output" => options.output = Some(value()?.into()),
             "--memory" => options.memory = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
+            "--room" => {
+                let value = value()?;
+                let (processors, memory) = value.split_once(',').ok_or("--room wants PROCESSORS,MIB")?;
+                options.room = Some(Room { processors: processors.parse()?, memory: memory.parse()? });
+            }
             "--qemu" => options.qemu = Some(value()?.into()),
             "--net" => options.net = true,
             "--trace" => options.trace = Some(value()?.into()),
@@ -120,11 +135,12 @@ fn main() -> Result<(), Failure> {
 
 async fn measure(options: &Options) -> Result<(), Failure> {
     let mut all = Vec::new();
-    for &memory in &options.memory {
-        let ours = ours(options, memory).await?;
+    let with_room = options.room.and_then(|room| Some((*options.memory.first()?, Some(room))));
+    for (memory, room) in options.memory.iter().map(|&memory| (memory, None)).chain(with_room) {
+        let ours = ours(options, memory, room).await?;
         print(&ours, options.accesses);
         all.push(ours.json());
-        if let Some(qemu) = &options.qemu {
+        if let Some(qemu) = options.qemu.as_ref().filter(|_| room.is_none()) {
             let theirs = qemu_microvm(options, memory, qemu).await?;
             print(&theirs, false);
             all.push(theirs.json());
@@ -270,23 +286,32 @@ async fn hello(rig: &Rig, machine: &mut dyn Machine) -> Result<UnixStream, Failu
     Ok(stream)
 }
 
-async fn ours(options: &Options, memory: u64) -> Result<Measured, Failure> {
+async fn ours(options: &Options, memory: u64, room: Option<Room>) -> Result<Measured, Failure> {
     let _tap = options.net.then(Tap::new).transpose()?;
     // The first one warms caches.
-    boot_ours(options, memory, ENTRIES).await?;
-    let nanos = boot_ours(options, memory, ENTRIES).await?.0.nanos;
-    let (exits, ..) = boot_ours(options, memory, KVM_EVENTS).await?;
-    let (calls, use_of_memory, own) = boot_ours(options, memory, ALL_EVENTS).await?;
-    let what = format!("bulkhead-vmm, {memory} MiB{}", if options.net { ", network" } else { "" });
+    boot_ours(options, memory, room, ENTRIES).await?;
+    let nanos = boot_ours(options, memory, room, ENTRIES).await?.0.nanos;
+    let (exits, ..) = boot_ours(options, memory, room, KVM_EVENTS).await?;
+    let (calls, use_of_memory, own) = boot_ours(options, memory, room, ALL_EVENTS).await?;
+    let network = if options.net { ", network" } else { "" };
+    let room = room.map_or(String::new(), |room| {
+        format!(", room for {} processors and {} MiB more", room.processors, room.memory)
+    });
+    let what = format!("bulkhead-vmm, {memory} MiB{network}{room}");
     Ok(Measured { what, nanos, exits, calls, memory: use_of_memory, own })
 }
 
 async fn boot_ours(
     options: &Options,
     memory: u64,
+    room: Option<Room>,
     events: &[&str],
 ) -> Result<(Counts, Memory, BTreeMap<String, u64>), Failure> {
-    let rig = rig(options, memory)?;
+    let mut rig = rig(options, memory)?;
+    if let Some(room) = room {
+        rig.shape.max_vcpus = room.processors;
+        rig.shape.growth = SizeMib(room.memory);
+    }
     let tracer = Tracer::start(events)?;
     let mut machine = builtin().launch_builtin(&rig.shape, &rig.bindings, &rig.journal).await?;
     let stream = hello(&rig, &mut machine).await?;

@@ -94,14 +94,20 @@ impl Ctr {
 
     async fn call(&self, arguments: &[&str]) -> anyhow::Result<Run> {
         let mut command = Command::new(&self.program);
-        command.args(["--address", path(&self.address)?, "--namespace", &self.namespace]).args(arguments);
+        command.args(["--address", path(&self.address)?, "--namespace", &self.namespace]);
         // Deprecations of the host are not ours to mend here.
         command.env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1");
-        let shown = format!("ctr {}", arguments.join(" "));
-        match tokio::time::timeout(DEADLINE, timed(command)).await {
-            Err(_) => bail!("`{shown}` did not end within {} s", DEADLINE.as_secs()),
-            Ok(run) => run.with_context(|| format!("`{shown}` failed")),
-        }
+        call(command, "ctr", arguments).await
+    }
+}
+
+/// Runs a client, called `name` in errors, with these further arguments; it must succeed.
+pub(crate) async fn call(mut command: Command, name: &str, arguments: &[&str]) -> anyhow::Result<Run> {
+    command.args(arguments);
+    let shown = format!("{name} {}", arguments.join(" "));
+    match tokio::time::timeout(DEADLINE, timed(command)).await {
+        Err(_) => bail!("`{shown}` did not end within {} s", DEADLINE.as_secs()),
+        Ok(run) => run.with_context(|| format!("`{shown}` failed")),
     }
 }
 

@@ -4,6 +4,7 @@
 mod ctr;
 mod host;
 mod memory;
+mod pods;
 mod report;
 mod rounds;
 mod stats;
@@ -19,6 +20,7 @@ use clap::Parser;
 
 use ctr::{Ctr, Runtime};
 use memory::{Growth, Point};
+use pods::{AT_ONCE, Crictl, Pods};
 use report::{Measure, Report, Unit};
 use rounds::{Bench, Starts, Times};
 use timeline::Span;
@@ -46,6 +48,9 @@ struct Arguments {
     /// Socket of containerd
     #[arg(long)]
     address: PathBuf,
+    /// The client `crictl`, whose environment names containerd; without it pods of CRI are not measured
+    #[arg(long)]
+    crictl: Option<PathBuf>,
     /// Namespace of containerd
     #[arg(long, default_value = "default")]
     namespace: String,
@@ -152,7 +157,7 @@ fn replace(file: &Path, text: &str) -> anyhow::Result<()> {
 
 async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: &Path) -> Report {
     // What fails leaves a gap in the table, not the table undone.
-    let mut problems = Vec::new();
+    let (mut problems, mut left_behind) = (Vec::new(), Vec::new());
     eprintln!("starts: {} rounds", arguments.rounds);
     let mut starts = Starts::default();
     let outcome = traced_starts(arguments, bench, trace, &mut starts).await;
@@ -165,6 +170,10 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
     or_gap(&mut problems, "memory of runc", outcome);
     let outcome = grow(arguments, bench, Runtime::Bulkhead, &mut idle).await;
     or_gap(&mut problems, "memory of bulkhead", outcome);
+    let pods = match &arguments.crictl {
+        Some(program) => Some(of_cri(arguments, program, &mut problems, &mut left_behind).await),
+        None => None,
+    };
     let (memory_runc, memory_bulkhead) = (idle_runc.growth(), idle.growth());
     let size = |path: &PathBuf| fs::metadata(path).map(|file| file.len() as f64).ok();
     let growth = |pick: fn(&Growth) -> Option<f64>| {
@@ -187,7 +196,7 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
         arguments.idle_seconds,
         memory_bulkhead.as_ref().map(by_program).unwrap_or_default()
     ));
-    let measures = vec![
+    let mut measures = vec![
         Measure::beside("ctr run --rm … true", Unit::Seconds, runc, bulkhead)
             .at_most(start.0, start.1)
             .with_note(stages(&timeline)),
@@ -211,6 +220,7 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
         slope("- of it guest memory", |growth| growth.pss_memfd_per_pod),
         slope("- by MemAvailable", |growth| growth.available_per_pod),
     ];
+    measures.extend(pods.iter().flat_map(|pods| steps(pods, kvm)));
     Report {
         host,
         start_state: "warm cache",
@@ -222,7 +232,7 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
         memory_bulkhead,
         timeline,
         problems,
-        left_behind: Vec::new(),
+        left_behind,
     }
 }
 
@@ -321,6 +331,39 @@ fn stages(spans: &[Span]) -> String {
         true => "the shim wrote no spans".into(),
         false => format!("longest stages of the median start: {}", shown.join(", ")),
     }
+}
+
+/// Pods of CRI; what is left of them is told.
+async fn of_cri(
+    arguments: &Arguments,
+    program: &Path,
+    problems: &mut Vec<String>,
+    left_behind: &mut Vec<String>,
+) -> Pods {
+    let crictl = Crictl::new(program, &arguments.image, &arguments.output);
+    let mut pods = Pods::default();
+    eprintln!("pods of CRI: {} rounds, then {AT_ONCE} at once", arguments.rounds);
+    let outcome = crictl.lives(arguments.rounds, &mut pods).await;
+    or_gap(problems, "pods of CRI", outcome);
+    // Each round is sixteen pods.
+    let outcome = crictl.at_once(arguments.rounds.div_ceil(4), &mut pods).await;
+    or_gap(problems, "pods of CRI at once", outcome);
+    left_behind.extend(crictl.remove_all().await);
+    pods
+}
+
+/// The lines of pods of CRI.
+fn steps(pods: &Pods, kvm: bool) -> Vec<Measure> {
+    let line = |name, times: &Times| Measure::beside(name, Unit::Seconds, &times.runc, &times.bulkhead);
+    let ready =
+        line("crictl runp", &pods.ready).with_note("with the pod's network, which is the same for both");
+    vec![
+        if kvm { ready } else { ready.at_most(1.2, Unit::Seconds) },
+        line("create, start to first byte", &pods.first_byte),
+        line("crictl exec --sync … true", &pods.exec).at_most(1.5, Unit::TimesRunc),
+        line("stop, rm, stopp, rmp", &pods.end),
+        line("runp of 8 at once", &pods.at_once).with_note("until the last one is ready"),
+    ]
 }
 
 /// The part of a boot that is the guest's kernel's.

@@ -21,7 +21,7 @@ pub(crate) struct Times {
 }
 
 impl Times {
-    fn of(&mut self, runtime: Runtime) -> &mut Vec<f64> {
+    pub(crate) fn of(&mut self, runtime: Runtime) -> &mut Vec<f64> {
         match runtime {
             Runtime::Runc => &mut self.runc,
             Runtime::Bulkhead => &mut self.bulkhead,
@@ -208,7 +208,7 @@ impl Bench {
 }
 
 /// A B, then B A: neither always follows the other.
-fn order(round: usize) -> [Runtime; 2] {
+pub(crate) fn order(round: usize) -> [Runtime; 2] {
     let [a, b] = Runtime::ALL;
     if round.is_multiple_of(2) { [a, b] } else { [b, a] }
 }
