@@ -119,3 +119,70 @@ impl Sender {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    use containerd_shim_protos::api::Empty;
+    use tokio::{net::UnixListener, time::Instant};
+
+    use super::*;
+    use crate::metrics::text::Exposition;
+
+    /// What is done with each connection of a sender.
+    type Peer = fn(UnixStream, &mut Vec<UnixStream>);
+
+    /// Publishes two events to a containerd that does `peer` with every connection; how many there were, and how
+    /// long it took until both were given up.
+    async fn give_up(peer: Peer) -> (u32, Duration) {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("c.ttrpc");
+        let listener = UnixListener::bind(&path).unwrap();
+        let attempts = Rc::new(Cell::new(0));
+        let counted = attempts.clone();
+        let serving = async move {
+            let mut held = Vec::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                counted.set(counted.get() + 1);
+                peer(stream, &mut held);
+            }
+        };
+        let began = Instant::now();
+        let counters = Arc::new(Counters::default());
+        let (publisher, drained) = Publisher::new(&path.display().to_string(), "n", counters.clone());
+        publisher.publish("/tasks/start", &Empty::new());
+        publisher.publish("/tasks/exit", &Empty::new());
+        drop(publisher);
+        tokio::select! {
+            () = serving => unreachable!("it listens for ever"),
+            ended = drained => ended.unwrap(),
+        }
+        let mut page = Exposition::default();
+        counters.tell(&mut page);
+        let text = page.to_string();
+        for line in ["bulkhead_shim_events_retried_total 10", "bulkhead_shim_events_dropped_total 2"] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        (attempts.get(), began.elapsed())
+    }
+
+    /// Between the attempts are 1, 2, 3, 4 and 5 s.
+    const PAUSES: Duration = Duration::from_secs(15);
+
+    #[tokio::test(start_paused = true)]
+    async fn e5_an_event_is_given_up_after_five_repetitions_and_the_next_has_its_own() {
+        let (attempts, took) = give_up(|stream, _| drop(stream)).await;
+        assert_eq!(attempts, 2 * (1 + 5));
+        assert!(took >= 2 * PAUSES && took < 2 * PAUSES + ATTEMPT, "it took {took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn e5_a_delivery_without_an_answer_takes_five_seconds() {
+        let (attempts, took) = give_up(|stream, held| held.push(stream)).await;
+        assert_eq!(attempts, 2 * (1 + 5));
+        let each = PAUSES + 6 * Duration::from_secs(5);
+        assert!(took >= 2 * each && took < 2 * each + ATTEMPT, "it took {took:?}");
+    }
+}
