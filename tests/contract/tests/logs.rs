@@ -1,24 +1,27 @@
 //! Statements L: the shim's log.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use harness::{Context, Run, Test};
 use rustix::fs::OFlags;
 
 use crate::fake::Fake;
-use crate::task::sleeper;
+use crate::task::{member, sleeper};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::common("l1_the_log_fifo_gets_lines", l1_the_log_fifo_gets_lines),
     Test::common("l2_a_full_log_does_not_block", l2_a_full_log_does_not_block),
     Test::common("l2_a_log_without_a_reader_does_not_block", l2_a_log_without_a_reader_does_not_block),
+    Test::common("l3_the_log_of_a_further_container_stays_empty", |t| {
+        l3_the_log_of_a_further_container_stays_empty(t)
+    }),
 ];
 
 /// Makes the fifo and opens it as containerd does.
-fn log_fifo(bundle: &std::path::Path) -> Result<File> {
+pub(crate) fn log_fifo(bundle: &std::path::Path) -> Result<File> {
     let path = bundle.join("log");
     Run::new("mkfifo").args(["-m", "700"]).arg(&path).output()?.ok()?;
     Ok(File::options().read(true).write(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?)
@@ -72,4 +75,25 @@ fn l2_a_log_without_a_reader_does_not_block(t: &mut Context) -> Result<()> {
     let n = log.read(&mut text).unwrap_or(0);
     ensure!(n > 0, "nothing is logged after the reader's return");
     Ok(())
+}
+
+/// Its lines are the pod's, and in the pod's log.
+fn l3_the_log_of_a_further_container_stays_empty(t: &mut Context) -> Result<()> {
+    t.set_config("", "log_level", "trace".into())?;
+    let fake = Fake::start(t)?;
+    let pod = fake.bundle("pod", &member(t, "pod")?)?;
+    let container = fake.bundle("c1", &member(t, "c1")?)?;
+    let (mut of_pod, mut of_container) = (log_fifo(&pod)?, log_fifo(&container)?);
+    let shim = fake.shim("pod", &pod)?;
+    for (id, bundle) in [("pod", &pod), ("c1", &container)] {
+        shim.create(id, bundle)?;
+        shim.start(id, "")?;
+    }
+    shim.end("c1")?;
+    shim.end("pod")?;
+    ensure!(of_pod.read(&mut [0])? == 1, "the pod's log is empty");
+    match of_container.read(&mut [0]) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+        read => bail!("somebody has written into the container's log, or it cannot be read: {read:?}"),
+    }
 }

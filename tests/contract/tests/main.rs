@@ -1,9 +1,9 @@
 //! containerd's shim v2 contract, statement by statement, against the shim's binary: the test plays
 //! containerd. Run it with `tests/run contract`.
 //!
-//! A test's name begins with the number of its statement in docs/containerd-contract.md (N: names, S: start, D: delete, I: info,
-//! T: tasks, E: events, L: log, M: mounts); statements about
-//! containerd's own side (N3-N5, S5, D3, T2, T5, L3 ...) have none, or are seen in the functional suite.
+//! A test's name begins with the number of its statement in docs/containerd-contract.md (N: names, S: start,
+//! D: delete, I: info, T: tasks, E: events, L: log, M: mounts). What is containerd's own side (N2, N3, S5, D3) is seen
+//! in the functional suite, N4 and T5 in that of pods.
 
 mod delete;
 mod events;

@@ -1,13 +1,22 @@
 //! Statements N and S: how the binary is started.
 
+use std::fs::Permissions;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use harness::{Context, Run, Test};
+use harness::{Context, Run, Test, signal_process, wait_for_exit};
+use rustix::process::{Signal, Uid};
+use rustix::thread::set_thread_res_uid;
 use serde_json::json;
 
 use crate::fake::{Answer, Fake, Input, Shim};
+use crate::logs::log_fifo;
+use crate::task::sleeper;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::common("n1_the_binary_has_the_runtimes_name", n1_the_binary_has_the_runtimes_name),
@@ -35,7 +44,11 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("s7_containers_of_a_sandbox_share_a_server", s7_containers_of_a_sandbox_share_a_server),
     Test::common("s7_without_a_config_the_id_is_the_group", s7_without_a_config_the_id_is_the_group),
     Test::common("s8_the_socket_is_private_and_short", s8_the_socket_is_private_and_short),
+    Test::common("s8_another_user_is_turned_away", s8_another_user_is_turned_away),
     Test::common("s9_the_parent_ends_and_holds_no_pipe", s9_the_parent_ends_and_holds_no_pipe),
+    Test::bulkhead("s9_orphans_come_to_the_server", "runc's shim runs no hooks itself", |t| {
+        s9_orphans_come_to_the_server(t)
+    }),
     Test::common("s10_the_address_is_in_the_bundle", s10_the_address_is_in_the_bundle),
     Test::bulkhead("s11_a_server_without_a_place_is_no_start", "runc's has no directory of its own", |t| {
         s11_a_server_without_a_place_is_no_start(t)
@@ -267,6 +280,66 @@ fn s8_the_socket_is_private_and_short(t: &mut Context) -> Result<()> {
         ensure!(path.as_os_str().len() <= 106, "{path:?} is too long");
         Ok(())
     })
+}
+
+/// Also where the file system would let it in.
+fn s8_another_user_is_turned_away(t: &mut Context) -> Result<()> {
+    let dir = t.dir().join("s");
+    let fake = Fake::start(t)?;
+    let bundle = fake.bundle("c", &json!({}))?;
+    let mut log = log_fifo(&bundle)?;
+    let input = Input::Bootstrap { socket_dir: Some(dir.display().to_string()) };
+    let answer = Answer::parse(&fake.run_start("c", &bundle, &input)?.ok()?)?;
+    let open = |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode));
+    open(&dir, 0o755)?;
+    open(&answer.socket(), 0o666)?;
+    let socket = answer.socket();
+    // A thread has a user of its own for the kernel, and ends with it.
+    let said = std::thread::spawn(move || -> Result<usize> {
+        let nobody = Uid::from_raw(65534);
+        set_thread_res_uid(nobody, nobody, nobody)?;
+        let mut stream = UnixStream::connect(&socket)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.read(&mut [0]).context("the other user was not hung up on")
+    });
+    let said = said.join().map_err(|_| anyhow!("the other user's thread has panicked"))?;
+    let shim = fake.connect(&answer.address)?;
+    let ours = shim.connect_rpc("c");
+    shim.shutdown("c");
+    std::fs::remove_dir_all(&dir).ok();
+    ensure!(said? == 0, "the other user was told something");
+    ensure!(ours?.shim_pid > 1, "its own user is not served");
+    let mut text = String::new();
+    // There is no end of a fifo that is open for writing, only nothing more.
+    log.read_to_string(&mut text).ok();
+    ensure!(
+        text.contains("connection of another user refused") && text.contains("uid=65534"),
+        "the log says {text:?}"
+    );
+    Ok(())
+}
+
+/// What a hook leaves behind is a child of nobody, and so of the server.
+fn s9_orphans_come_to_the_server(t: &mut Context) -> Result<()> {
+    let fake = Fake::start(t)?;
+    let note = t.dir().join("orphan");
+    let script = format!("sleep 1000 >/dev/null 2>&1 & echo $! > {}", note.display());
+    let mut spec = sleeper(t, "c")?;
+    spec["hooks"] = json!({ "createRuntime": [
+        { "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin"] }
+    ]});
+    let bundle = fake.bundle("c", &spec)?;
+    let shim = fake.shim("c", &bundle)?;
+    let server = shim.connect_rpc("c")?.shim_pid;
+    shim.create("c", &bundle)?;
+    let orphan: u32 = std::fs::read_to_string(note)?.trim().parse()?;
+    let parent = stat(orphan, 4);
+    let ended = signal_process(orphan, Signal::KILL, |_| true)?;
+    wait_for_exit(&ended, Duration::from_secs(10))?;
+    shim.start("c", "")?;
+    shim.end("c")?;
+    ensure!(parent? == i64::from(server), "it is not the server's, which is {server}");
+    Ok(())
 }
 
 fn s9_the_parent_ends_and_holds_no_pipe(t: &mut Context) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Statements T and M: the task service.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,14 +13,16 @@ use harness::{Context, Run, Test, signal_process, wait_for_exit};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::fake::{Answer, Fake, Input, Shim, V2, V3};
+use crate::fake::{Answer, Failure, Fake, Input, Shim, V2, V3};
 
 pub(crate) const TESTS: &[Test] = &[
     Test::common("m6_the_rootfs_is_mounted_and_unmounted", m6_the_rootfs_is_mounted_and_unmounted),
     Test::common("t1_both_versions_on_one_socket", t1_both_versions_on_one_socket),
+    Test::common("t2_a_whole_life_by_version_2", t2_a_whole_life_by_version_2),
     Test::common("t3_containers_of_a_pod_share_a_machine", t3_containers_of_a_pod_share_a_machine),
     Test::common("t4_shutdown_is_refused_while_tasks_remain", t4_shutdown_is_refused_while_tasks_remain),
     Test::common("t4_shutdown_of_the_last_ends_the_shim", t4_shutdown_of_the_last_ends_the_shim),
+    Test::common("t4_shutdown_before_the_first_ends_the_shim", t4_shutdown_before_the_first_ends_the_shim),
     Test::common("t6_create_gives_a_pid_that_connect_repeats", t6_create_gives_a_pid_that_connect_repeats),
     Test::common("t6_create_under_a_taken_id", t6_create_under_a_taken_id),
     Test::common("t6_a_failed_create_leaves_nothing", t6_a_failed_create_leaves_nothing),
@@ -34,6 +37,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("t10_exec_after_exit_is_refused", t10_exec_after_exit_is_refused),
     Test::common("t10_checkpoint_is_unimplemented", t10_checkpoint_is_unimplemented),
     Test::common("t10_a_kill_during_create_is_answered", t10_a_kill_during_create_is_answered),
+    Test::common("t10_a_delete_during_create_is_answered", t10_a_delete_during_create_is_answered),
     Test::common("t11_stats_are_of_cgroups_v2", t11_stats_are_of_cgroups_v2),
     Test::common("t12_update_changes_the_limits", t12_update_changes_the_limits),
     Test::common("t13_exit_status", t13_exit_status),
@@ -43,6 +47,15 @@ pub(crate) const TESTS: &[Test] = &[
 /// A container that runs until it is ended.
 pub(crate) fn sleeper(t: &Context, id: &str) -> Result<Value> {
     t.spec(id, &["sh", "-c", "trap 'exit 0' TERM; sleep 1000 & wait"])
+}
+
+/// The same in the pod `pod`, whose pause container has its name.
+pub(crate) fn member(t: &Context, id: &str) -> Result<Value> {
+    let mut spec = sleeper(t, id)?;
+    let kind = if id == "pod" { "sandbox" } else { "container" };
+    spec["annotations"] =
+        json!({ "io.kubernetes.cri.sandbox-id": "pod", "io.kubernetes.cri.container-type": kind });
+    Ok(spec)
 }
 
 /// Kills the shim behind a connection with SIGKILL, and waits until it is gone.
@@ -68,7 +81,7 @@ fn with_running(
 }
 
 /// What a command prints inside a running container.
-fn output_of(t: &Context, shim: &Shim, id: &str, exec: &str, script: &str) -> Result<String> {
+pub(crate) fn output_of(t: &Context, shim: &Shim, id: &str, exec: &str, script: &str) -> Result<String> {
     let fifo = t.dir().join(format!("out-{id}-{exec}"));
     Run::new("mkfifo").arg(&fifo).output()?.ok()?;
     let reader = Run::new("cat").arg(&fifo).deadline(60).spawn()?;
@@ -125,25 +138,43 @@ fn t1_both_versions_on_one_socket(t: &mut Context) -> Result<()> {
     Ok(())
 }
 
+/// Where containerd falls back all calls are of version 2, to a shim that has said 3.
+fn t2_a_whole_life_by_version_2(t: &mut Context) -> Result<()> {
+    let fake = Fake::start(t)?;
+    let bundle = fake.bundle("c", &t.spec("c", &["sh", "-c", "exit 5"])?)?;
+    let shim = fake.shim("c", &bundle)?;
+    let id = || "c".to_string();
+    let create =
+        api::CreateTaskRequest { id: id(), bundle: bundle.display().to_string(), ..Default::default() };
+    let pid = fake.block_on(shim.request::<api::CreateTaskResponse>(V2, "Create", &create))?.pid;
+    let connect = api::ConnectRequest { id: id(), ..Default::default() };
+    let connected = fake.block_on(shim.request::<api::ConnectResponse>(V2, "Connect", &connect))?;
+    ensure!(pid > 0 && connected.task_pid == pid, "{connected:?}, created was {pid}");
+    let start = api::StartRequest { id: id(), ..Default::default() };
+    fake.block_on(shim.request::<api::StartResponse>(V2, "Start", &start))?;
+    let wait = api::WaitRequest { id: id(), ..Default::default() };
+    let ended = fake.block_on(shim.request::<api::WaitResponse>(V2, "Wait", &wait))?;
+    ensure!(ended.exit_status == 5, "{ended:?}");
+    let delete = api::DeleteRequest { id: id(), ..Default::default() };
+    let deleted = fake.block_on(shim.request::<api::DeleteResponse>(V2, "Delete", &delete))?;
+    ensure!(deleted.exit_status == 5 && deleted.pid == pid, "{deleted:?}");
+    let shutdown = api::ShutdownRequest { id: id(), ..Default::default() };
+    fake.block_on(shim.request::<api::Empty>(V2, "Shutdown", &shutdown)).ok();
+    Ok(())
+}
+
 fn t3_containers_of_a_pod_share_a_machine(t: &mut Context) -> Result<()> {
     let fake = Fake::start(t)?;
-    let member = |id: &str| -> Result<Value> {
-        let mut spec = sleeper(t, id)?;
-        let kind = if id == "pod" { "sandbox" } else { "container" };
-        spec["annotations"] =
-            json!({ "io.kubernetes.cri.sandbox-id": "pod", "io.kubernetes.cri.container-type": kind });
-        Ok(spec)
-    };
-    let pod = fake.bundle("pod", &member("pod")?)?;
+    let pod = fake.bundle("pod", &member(t, "pod")?)?;
     let shim = fake.shim("pod", &pod)?;
     shim.create("pod", &pod)?;
     shim.start("pod", "")?;
-    let bundle = fake.bundle("c1", &member("c1")?)?;
+    let bundle = fake.bundle("c1", &member(t, "c1")?)?;
     // Version 3: one more connection, no start.
     let second = fake.connect(&shim.address)?;
     second.create("c1", &bundle)?;
     second.start("c1", "")?;
-    let bundle = fake.bundle("c2", &member("c2")?)?;
+    let bundle = fake.bundle("c2", &member(t, "c2")?)?;
     second.create("c2", &bundle)?;
     second.start("c2", "")?;
     let boot = |id: &str| output_of(t, &shim, id, "e", "cat /proc/sys/kernel/random/boot_id");
@@ -173,17 +204,36 @@ fn t4_shutdown_is_refused_while_tasks_remain(t: &mut Context) -> Result<()> {
     )
 }
 
-fn t4_shutdown_of_the_last_ends_the_shim(t: &mut Context) -> Result<()> {
-    let fake = Fake::start(t)?;
-    let bundle = fake.bundle("c", &json!({}))?;
-    let answer = Answer::parse(&fake.run_start("c", &bundle, &Input::Bootstrap { socket_dir: None })?.ok()?)?;
+/// Shutdown has to end the shim of `bundle`, after `life`.
+fn shutdown_ends(fake: &Fake, bundle: &Path, life: impl FnOnce(&Shim) -> Result<()>) -> Result<()> {
+    let answer = Answer::parse(&fake.run_start("c", bundle, &Input::Bootstrap { socket_dir: None })?.ok()?)?;
     let shim = fake.connect(&answer.address)?;
     let pid = shim.connect_rpc("c")?.shim_pid;
     let fd = signal_process(pid, Signal::CONT, |_| true)?;
+    life(&shim)?;
+    ensure!(shim.connect_rpc("c")?.shim_pid == pid, "it has not waited for Shutdown");
     shim.shutdown("c");
     wait_for_exit(&fd, Duration::from_secs(10))?;
     ensure!(!answer.socket().exists(), "its socket is still there");
     Ok(())
+}
+
+fn t4_shutdown_of_the_last_ends_the_shim(t: &mut Context) -> Result<()> {
+    let fake = Fake::start(t)?;
+    let bundle = fake.bundle("c", &t.spec("c", &["true"])?)?;
+    shutdown_ends(&fake, &bundle, |shim| {
+        shim.create("c", &bundle)?;
+        shim.start("c", "")?;
+        ensure!(shim.wait("c", "")? == 0, "another status");
+        shim.delete("c", "")?;
+        Ok(())
+    })
+}
+
+fn t4_shutdown_before_the_first_ends_the_shim(t: &mut Context) -> Result<()> {
+    let fake = Fake::start(t)?;
+    let bundle = fake.bundle("c", &json!({}))?;
+    shutdown_ends(&fake, &bundle, |_| Ok(()))
 }
 
 fn t6_create_gives_a_pid_that_connect_repeats(t: &mut Context) -> Result<()> {
@@ -408,31 +458,85 @@ fn t10_checkpoint_is_unimplemented(t: &mut Context) -> Result<()> {
     told.map(|_| ())
 }
 
-/// State, Kill and Delete never depend on a healthy guest: a slow Create holds up none of them.
+/// Create of the container `c`, not waited for.
+fn create_later(
+    shim: &Shim,
+    bundle: &Path,
+) -> impl Future<Output = Result<api::CreateTaskResponse, Failure>> + use<> {
+    let request =
+        api::CreateTaskRequest { id: "c".into(), bundle: bundle.display().to_string(), ..Default::default() };
+    shim.request(V3, "Create", &request)
+}
+
+/// State, Kill and Delete never depend on a healthy guest: while it boots they are answered, before Create is.
 fn t10_a_kill_during_create_is_answered(t: &mut Context) -> Result<()> {
     let fake = Fake::start(t)?;
     let bundle = fake.bundle("c", &sleeper(t, "c")?)?;
     let shim = fake.shim("c", &bundle)?;
-    let request =
-        api::CreateTaskRequest { id: "c".into(), bundle: bundle.display().to_string(), ..Default::default() };
-    let create = shim.request::<api::CreateTaskResponse>(V3, "Create", &request);
-    let question = shim.request::<api::ConnectResponse>(
+    let state = shim.request::<api::StateResponse>(
         V3,
-        "Connect",
-        &api::ConnectRequest { id: "c".into(), ..Default::default() },
+        "State",
+        &api::StateRequest { id: "c".into(), ..Default::default() },
     );
-    fake.block_on(async {
+    let kill = shim.request::<api::Empty>(
+        V3,
+        "Kill",
+        &api::KillRequest { id: "c".into(), signal: 9, ..Default::default() },
+    );
+    let create = create_later(&shim, &bundle);
+    let wait = shim.wait_later("c", "");
+    let state = fake.block_on(async {
         let mut create = std::pin::pin!(create);
-        tokio::select! {
+        let questions = async {
+            let state = state.await?;
+            kill.await?;
+            anyhow::Ok(state)
+        };
+        // Create is the first of them that is sent, and so the first that the shim reads.
+        let state = tokio::select! {
             biased;
-            _ = &mut create => anyhow::bail!("Create was answered before a question that needs no guest"),
-            answer = tokio::time::timeout(Duration::from_secs(5), question) => answer??,
+            _ = &mut create => anyhow::bail!("Create was answered before questions that need no guest"),
+            state = tokio::time::timeout(Duration::from_secs(5), questions) => state??,
         };
         create.await?;
-        Ok(())
+        Ok(state)
     })?;
-    shim.start("c", "")?;
-    shim.end("c")
+    ensure!(state.status.value() == api::Status::CREATED as i32 && state.pid == 0, "{state:?}");
+    // The guest had nothing to kill then; it was not forgotten.
+    ensure!(fake.block_on(wait)? == 137, "another status");
+    shim.delete("c", "")?;
+    shim.shutdown("c");
+    fake.wait_event("delete c", 10)?;
+    ensure!(fake.story() == ["create c", "exit c 137", "delete c"], "the events were {:?}", fake.story());
+    Ok(())
+}
+
+/// The deletion of what is being created ends its creation, which else would succeed a moment later.
+fn t10_a_delete_during_create_is_answered(t: &mut Context) -> Result<()> {
+    let fake = Fake::start(t)?;
+    let bundle = fake.bundle("c", &sleeper(t, "c")?)?;
+    let shim = fake.shim("c", &bundle)?;
+    let create = create_later(&shim, &bundle);
+    let delete = shim.request::<api::DeleteResponse>(
+        V3,
+        "Delete",
+        &api::DeleteRequest { id: "c".into(), ..Default::default() },
+    );
+    let (created, deleted) = fake.block_on(async {
+        let both = async { tokio::join!(biased; create, delete) };
+        tokio::time::timeout(Duration::from_secs(5), both).await
+    })?;
+    let failure = created.err().context("the container was created all the same")?;
+    ensure!(
+        failure.code == Code::FAILED_PRECONDITION && failure.message.contains("deleted"),
+        "Create says: {failure}"
+    );
+    let failure = deleted.err().context("what never was has been deleted")?;
+    ensure!(failure.code == Code::NOT_FOUND, "Delete says: {failure}");
+    ensure!(shim.state("c", "").is_err_and(|f| f.code == Code::NOT_FOUND), "something of it is still there");
+    ensure!(fake.story().is_empty(), "of what never was there are events: {:?}", fake.story());
+    shim.shutdown("c");
+    Ok(())
 }
 
 fn stats(shim: &Shim) -> Result<Metrics> {
