@@ -1,5 +1,6 @@
 //! One pod's whole life, with containerd going away and coming back in the middle of it. What has to hold through
-//! every containerd that is supported: `tests/run matrix` asks each of them.
+//! every containerd that is supported: `tests/run matrix` asks each of them. They differ in when they call Shutdown
+//! (docs/containerd-contract.md, T5), and a pod must neither go too early nor stay.
 
 use anyhow::{Result, ensure};
 use harness::{Context, Settings, Test};
@@ -7,7 +8,7 @@ use harness::{Context, Settings, Test};
 use crate::{figures::working_set, pod::inspect};
 
 pub(crate) const TESTS: &[Test] =
-    &[Test::common("life::of_a_pod_through_a_restart_of_containerd", whole).unless(pods_are_lost)];
+    &[Test::common("life::t5_of_a_pod_through_a_restart_of_containerd", whole).unless(pods_are_lost)];
 
 /// Its sandbox controller confuses the folders of state and of content when it looks for shims that run
 /// (plugins/sandbox/controller.go); mended in 2.1.

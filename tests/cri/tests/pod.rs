@@ -1,7 +1,9 @@
 //! The life of a pod and of its containers, and what containers of one pod share.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, ensure};
-use harness::{Context, Test};
+use harness::{BY_PATH, BY_PATH_AND_API, Context, Pod, Run, Test};
 use serde_json::{Value, json};
 
 use crate::SLEEPER;
@@ -16,6 +18,10 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("pod::sysctls_hold_in_every_container", sysctls),
     Test::common("pod::etc_files_tell_the_pods_name_and_servers", etc_files),
     Test::common("pod::a_name_is_taken_once", name_taken),
+    Test::bulkhead("pod::n4_a_runtime_path_names_the_program", OWN_HANDLER, by_path)
+        .unless(|s| (s.handler != "bulkhead-podsandbox").then_some(ITS_OWN)),
+    Test::bulkhead("pod::n4_by_the_sandbox_api_only_the_type_does", OWN_HANDLER, by_path_and_api)
+        .unless(|s| (s.handler != "bulkhead").then_some(ITS_OWN)),
 ];
 
 pub(crate) fn inspect(t: &Context<'_>, verb: &str, id: &str) -> Result<Value> {
@@ -159,4 +165,27 @@ fn name_taken(t: &mut Context<'_>) -> Result<()> {
     let config = t.pod_config("p", |_| {})?;
     t.runp("p", &config)?.0.output()?.expect_failure()?.expect_stderr(&["reserved"])?;
     t.remove_pod(&pod)
+}
+
+const OWN_HANDLER: &str = "the program is bulkhead's";
+const ITS_OWN: &str = "it has a handler of its own, which is tried beside the one of its kind";
+
+/// `crictl runp` with a handler of its own, not yet started.
+fn runp_with(t: &Context<'_>, handler: &str) -> Result<(Run, PathBuf)> {
+    let path = t.write("p.json", t.pod_config("p", |_| {})?.to_string())?;
+    Ok((t.crictl()?.args(["runp", "--runtime", handler]).arg(&path), path))
+}
+
+fn by_path(t: &mut Context<'_>) -> Result<()> {
+    let (run, config) = runp_with(t, BY_PATH)?;
+    let pod = Pod::made(run.output()?.ok()?.out(), config);
+    let a = t.run_in(&pod, "a", SLEEPER)?;
+    ensure!(t.exec_in(&a, "echo $((6 * 7))")? == "42");
+    t.remove_pod(&pod)
+}
+
+fn by_path_and_api(t: &mut Context<'_>) -> Result<()> {
+    let output = runp_with(t, BY_PATH_AND_API)?.0.output()?.expect_failure()?;
+    output.expect_stderr(&["io.containerd.elsewhere.v2", "containerd-shim-elsewhere-v2"])?;
+    Ok(())
 }

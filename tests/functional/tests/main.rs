@@ -4,6 +4,7 @@
 //! (`BULKHEAD_TEST_RUNTIME=io.containerd.runc.v2`), so that a failure on bulkhead is bulkhead's.
 
 mod badinput;
+mod contract;
 mod ends;
 mod events;
 mod io;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         badinput::TESTS,
         ends::TESTS,
         observe::TESTS,
+        contract::TESTS,
     ]
     .concat();
     harness::run_suite("functional", &tests)

@@ -29,7 +29,6 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("run::hooks_of_the_host_are_told_of_the_container", hooks_of_the_host),
     Test::common("run::namespaces_are_its_own", namespaces_are_its_own),
     Test::common("run::cgroup_namespace", cgroup_namespace),
-    Test::common("run::runtime_by_path", runtime_by_path),
     Test::common("run::twenty_at_once", twenty_at_once),
     Test::bulkhead(
         "run::kernel_is_the_guests",
@@ -307,17 +306,6 @@ fn cgroup_namespace(t: &mut Context) -> Result<()> {
         .filter(|l| l.contains("memory") || l.starts_with("0::"))
         .all(|l| l.ends_with(":/"));
     ensure!(ours && !output.out().is_empty(), "{output}");
-    Ok(())
-}
-
-/// containerd takes an absolute path in place of a runtime's name.
-fn runtime_by_path(t: &mut Context) -> Result<()> {
-    let name =
-        if t.settings().is_bulkhead() { "containerd-shim-bulkhead-v2" } else { "containerd-shim-runc-v2" };
-    let path = t.settings().program(name)?;
-    let run = t.ctr().args(["run", "--rm", "--runtime"]).arg(path).args([harness::IMAGE, "c", "echo", "hi"]);
-    let output = run.output()?.ok()?;
-    ensure!(output.out() == "hi", "{output}");
     Ok(())
 }
 

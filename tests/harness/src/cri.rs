@@ -14,6 +14,10 @@ use crate::pty::Pty;
 
 /// The image of pause containers, as tests/parts/pause-image names it.
 const PAUSE: &str = "localhost/bulkhead/pause:latest";
+/// A handler whose program is named by `runtime_path`, with a pause container.
+pub const BY_PATH: &str = "by-path";
+/// The same by the sandbox API; not with containerd 1.
+pub const BY_PATH_AND_API: &str = "by-path-and-api";
 /// The node's bridge, in its own network namespace. Made before the first pod, and gone with the namespace.
 const BRIDGE: &str = "cni0";
 
@@ -61,6 +65,22 @@ impl Node {
             );
             if name == "bulkhead" && !old {
                 text += "  sandboxer = \"shim\"\n";
+            }
+        }
+        // A type that is on nobody's PATH, and where its program is.
+        if let Ok(program) = settings.program("containerd-shim-bulkhead-v2") {
+            for (name, sandboxer) in [(BY_PATH, "podsandbox"), (BY_PATH_AND_API, "shim")] {
+                if old && sandboxer == "shim" {
+                    continue;
+                }
+                text += &format!(
+                    "[plugins.\"{section}\".containerd.runtimes.{name}]\n  \
+                     runtime_type = \"io.containerd.elsewhere.v2\"\n  runtime_path = \"{}\"\n",
+                    program.display()
+                );
+                if !old {
+                    text += &format!("  sandboxer = \"{sandboxer}\"\n");
+                }
             }
         }
         Ok(text)

@@ -75,6 +75,8 @@ impl Node {
     /// The same without a containerd: the test plays it.
     pub(crate) fn bare(settings: Arc<Settings>, dir: PathBuf, mark: String) -> Result<Self> {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        fs::create_dir_all(dir.join("bin"))
+            .with_context(|| format!("create a folder in {}", dir.display()))?;
         let node = Self { settings, dir, mark, cri: false, nerdctl: false, daemon: None };
         node.reset_bulkhead_config()?;
         Ok(node)
@@ -122,6 +124,11 @@ impl Node {
         self.dir.join("r/io.containerd.runtime.v2.task").join(self.namespace())
     }
 
+    /// Where this containerd looks first for programs.
+    pub fn bin(&self) -> PathBuf {
+        self.dir.join("bin")
+    }
+
     /// containerd's process id, while it runs.
     pub fn pid(&self) -> Option<u32> {
         self.daemon.as_ref().map(|d| d.child.id())
@@ -167,7 +174,7 @@ impl Node {
             .arg(self.settings.containerd_dir.join("containerd"))
             .arg("--config")
             .arg(self.dir.join("containerd.toml"))
-            .env("PATH", &self.settings.path)
+            .env("PATH", format!("{}:{}", self.bin().display(), self.settings.path))
             .env("NOTIFY_SOCKET", &ready.path)
             .env("BULKHEAD_CONFIG", self.bulkhead_config())
             .env("BULKHEAD_FAILPOINT", self.failpoint())
