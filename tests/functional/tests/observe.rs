@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Context, Figures, Run, Test, signal_process, stretched};
 use rustix::process::Signal;
+use serde_json::Value;
 
 pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("observe::figures_of_a_pod", OURS, figures_of_a_pod),
@@ -17,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
         a_stopped_machine_holds_no_scrape_up,
     ),
     Test::bulkhead("observe::figures_of_the_node", OURS, figures_of_the_node),
+    Test::bulkhead("observe::ps_of_a_pod", OURS, ps_of_a_pod),
     Test::bulkhead("observe::logs", OURS, logs),
     Test::bulkhead("observe::report_without_secrets", OURS, report_without_secrets),
     Test::bulkhead("observe::spans_for_opentelemetry", OURS, spans_for_opentelemetry),
@@ -41,6 +43,49 @@ fn is_documented(family: &str, kind: &str) -> bool {
     };
     let Some((device, counter)) = rest.split_once('_') else { return false };
     DOCS.contains(&format!("`bulkhead_vmm_{device}_…_total`")) && DOCS.contains(&format!("`{counter}`"))
+}
+
+/// Whatever `bulkhead ps` says is compared with somebody who knows it: ctr, the kernel, our clock.
+fn ps_of_a_pod(t: &mut Context) -> Result<()> {
+    let began = Instant::now();
+    t.start_sleeper(&["--memory-limit", "100663296"], "c")?;
+    let out = t.bulkhead(&["ps", "--output", "json"])?.output()?.ok()?.out();
+    let pods: Value = serde_json::from_str(&out)?;
+    let table = t.bulkhead(&["ps"])?.output()?.ok()?.out();
+    let most = began.elapsed().as_secs();
+    let tasks = t.ctr_ok(&["task", "ls"])?;
+    let pid = tasks.lines().nth(1).and_then(|line| line.split_whitespace().nth(1)).context("no task")?;
+    let shim = t.process("containerd-shim")?;
+    let pod = &pods[0];
+    ensure!(pods.as_array().is_some_and(|all| all.len() == 1), "{pods:#}");
+    ensure!(pod["namespace"] == t.node().namespace() && pod["id"] == "c", "{pod:#}");
+    ensure!(pod["status"] == "running" && pod["shim_pid"] == shim.pid, "the shim is {shim}: {pod:#}");
+    let vmm = t.processes().into_iter().find(|p| pod["vmm_pid"] == p.pid).context("no VMM has this pid")?;
+    let backend = if vmm.name.starts_with("qemu") { "emulation" } else { "kvm" };
+    ensure!(pod["backend"] == backend, "the VMM is {vmm}: {pod:#}");
+    // The limit, and the reserve by default.
+    ensure!(pod["memory_mib"] == 96 + 128 && pod["vcpus"].as_u64() >= Some(1), "{pod:#}");
+    let used = pod["memory_used_bytes"].as_u64().unwrap_or_default() >> 20;
+    ensure!((16..2048).contains(&used), "{used} MiB are used: {pod:#}");
+    let age = pod["age_seconds"].as_u64().context("no age")?;
+    ensure!(age <= most, "it is {age} s old after {most} s");
+    let container = serde_json::json!([{ "id": "c", "pid": pid.parse::<u32>()?, "status": "running" }]);
+    ensure!(pod["containers"] == container, "{tasks}\n{pod:#}");
+    let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    ensure!(rows.len() == 2 && rows[0].first() == Some(&"NAMESPACE"), "{table}");
+    let (shim, vmm) = (shim.pid.to_string(), vmm.pid.to_string());
+    let wanted = [t.node().namespace(), "c", "running", backend];
+    ensure!(rows[1].starts_with(&wanted), "{table}");
+    ensure!(table.contains("of 224 MiB"), "{table}");
+    ensure!(rows[1].contains(&shim.as_str()) && rows[1].contains(&vmm.as_str()), "{table}");
+    ensure!(table.ends_with(&format!("c (running, pid {pid})")), "{table}");
+    let is_age =
+        |word: &&str| word.strip_suffix('s').is_some_and(|n| n.parse().is_ok_and(|n: u64| n <= most));
+    ensure!(rows[1].iter().any(is_age), "no age of up to {most} s: {table}");
+    t.remove("c")?;
+    let none = t.bulkhead(&["ps", "--output", "json"])?.output()?.ok()?.out();
+    ensure!(none == "[]", "the pod has gone: {none}");
+    Ok(())
 }
 
 fn figures_of_a_pod(t: &mut Context) -> Result<()> {
