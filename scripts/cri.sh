@@ -62,6 +62,10 @@ write_containerd_config() {
 
 [plugins."io.containerd.internal.v1.opt"]
   path = "$run/opt"
+
+# Its socket and the plugins that it starts are the machine's own.
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
 CONF
 }
 
