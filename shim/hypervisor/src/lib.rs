@@ -49,4 +49,4 @@ mod words;
 
 pub use child::Exit;
 pub use error::LaunchError;
-pub use machine::{Ask, Counts, Growth, Hypervisor, Journal, Machine, MachineEnd, Meter};
+pub use machine::{Ask, Counts, Growth, Hypervisor, Journal, Machine, MachineEnd, Meter, Processors};

@@ -48,6 +48,14 @@ pub trait Ask: Send + Sync {
     async fn ask(&self, bytes: u64, patience: Duration) -> Result<u64, Box<dyn Error + Send + Sync>>;
 }
 
+/// Has a running VMM let the guest use another number of processors.
+#[async_trait]
+pub trait Processors: Send + Sync {
+    /// Lets `count` of them run, of those that the shape has room for, whatever the guest does. It has to be told of more
+    /// of them afterwards, and of fewer before.
+    async fn allow(&self, count: u32) -> Result<(), Box<dyn Error + Send + Sync>>;
+}
+
 /// A way to run machines.
 #[async_trait]
 pub trait Hypervisor: Send + Sync {
@@ -75,6 +83,11 @@ pub trait Machine: Send {
 
     /// By which the VMM is asked for what it counts. None: it counts nothing.
     fn meter(&self) -> Option<Arc<dyn Meter>> {
+        None
+    }
+
+    /// By which its processors are held. None: the guest has what its shape has room for.
+    fn processors(&self) -> Option<Arc<dyn Processors>> {
         None
     }
 

@@ -163,6 +163,8 @@ async fn nonsense_is_refused_and_the_machine_goes_on() {
         Command::Detach { slot: 99 },
         Command::Attach { file: Slot(7), block: BlockShape { serial: "s".into(), read_only: true } },
         Command::Resize { growth_bytes: Some(1 << 40), balloon_bytes: None },
+        Command::Processors { count: 0 },
+        Command::Processors { count: 99 },
     ] {
         assert!(running.machine.command(command.clone(), &[]).await.is_err(), "{command:?}");
     }
@@ -259,11 +261,30 @@ async fn processors_come_and_go() {
     for (cpu, on, online) in
         [(0, "", "0"), (1, "1", "0-1"), (2, "1", "0-2"), (2, "0", "0-1"), (1, "0", "0"), (1, "1", "0-1")]
     {
+        if on == "1" {
+            tell(&running.machine, Command::Processors { count: cpu + 1 }).await;
+        }
         if !on.is_empty() {
             running.command(&format!("write {cpus}/cpu{cpu}/online {on}")).await;
         }
         assert_eq!(running.command(&format!("read {cpus}/online")).await.trim(), online);
     }
+    running.machine.kill().await;
+}
+
+/// A guest has no more of them than it was given, whatever it does.
+#[tokio::test]
+#[ignore = "needs the parts, and KVM"]
+async fn a_processor_that_is_held_does_not_start() {
+    let mut rig = Rig::new();
+    (rig.shape.vcpus, rig.shape.max_vcpus) = (1, 2);
+    let mut running = rig.boot_builtin().await;
+    running.command("mount sysfs sysfs /sys").await;
+    // The kernel waits for ten seconds until it believes it.
+    running.send("write /sys/devices/system/cpu/cpu1/online 1").await;
+    let refused = running.verdict().await.unwrap_err();
+    assert!(refused.contains("Input/output error"), "{refused}");
+    assert_eq!(running.command("read /sys/devices/system/cpu/online").await.trim(), "0");
     running.machine.kill().await;
 }
 

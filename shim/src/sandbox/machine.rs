@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use bulkhead_hypervisor::{Exit, Growth, Machine, MachineEnd as Ended, Meter};
+use bulkhead_hypervisor::{Exit, Growth, Machine, MachineEnd as Ended, Meter, Processors};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -28,6 +28,7 @@ pub(super) struct Running {
     pid: i32,
     processes: Vec<(String, i32)>,
     meter: Option<Arc<dyn Meter>>,
+    processors: Option<Arc<dyn Processors>>,
     growth: Option<Growth>,
     ended: watch::Receiver<Option<MachineEnd>>,
     kill: mpsc::UnboundedSender<String>,
@@ -42,11 +43,11 @@ impl Running {
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Self {
         let (pid, processes, meter) = (machine.pid(), machine.processes(), machine.meter());
-        let growth = machine.growth();
+        let (processors, growth) = (machine.processors(), machine.growth());
         let (tell, ended) = watch::channel(None);
         let (kill, wishes) = mpsc::unbounded_channel();
         let task = tasks::spawn(run(machine, cgroup, wishes, tell, inputs));
-        Self { pid, processes, meter, growth, ended, kill, task }
+        Self { pid, processes, meter, processors, growth, ended, kill, task }
     }
 
     /// The VMM's process on the host.
@@ -67,6 +68,11 @@ impl Running {
     /// By which its VMM is asked for what it counts, if it counts.
     pub(super) fn meter(&self) -> Option<Arc<dyn Meter>> {
         self.meter.clone()
+    }
+
+    /// By which its processors are held, if they are.
+    pub(super) fn processors(&self) -> Option<Arc<dyn Processors>> {
+        self.processors.clone()
     }
 
     /// How its memory can change, if it can.

@@ -84,6 +84,7 @@ impl Control {
             Command::Resize { growth_bytes, balloon_bytes } => {
                 resize(told, growth_bytes, balloon_bytes)?;
             }
+            Command::Processors { count } => cpus.let_run(count)?,
             Command::Attach { file, block } => {
                 let file = File::from(attached.take(file, "the disk").map_err(text)?);
                 let disk = machine::disk(file, &block).map_err(|e| format!("cannot make a disk: {e}"))?;

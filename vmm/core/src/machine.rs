@@ -187,7 +187,7 @@ fn make(boot: &Boot, mut attached: Attached, door: &Door) -> Result<(Control, Ve
     }
     // A panic of it has told so; its work was a hint.
     let _ = warm.join();
-    let cpus = Cpus::new(&kvm, &vm, shape.max_vcpus, entry, &bus, &outcome, &filters)?;
+    let cpus = Cpus::new(&kvm, &vm, shape, entry, &bus, &outcome, &filters)?;
     let machine = Machine { cpus, bus, inventory, told, outcome, console };
     Ok((Control::new(machine, door.clone(), filters), main))
 }

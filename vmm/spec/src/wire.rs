@@ -103,6 +103,12 @@ pub enum Command {
         /// Bytes of the boot memory that the balloon takes from the guest.
         balloon_bytes: Option<u64>,
     },
+    /// Lets so many processors run, of those that the shape has room for; the others are held, whatever the guest
+    /// does. At boot that is [`crate::Shape::vcpus`].
+    Processors {
+        /// At least 1, at most [`crate::Shape::max_vcpus`].
+        count: u32,
+    },
     /// Puts a block device into a spare slot; the descriptor is attached.
     Attach {
         /// Image or block device.

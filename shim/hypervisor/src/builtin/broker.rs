@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::channel::Channel;
-use crate::{Ask, Counts, Meter};
+use crate::{Ask, Counts, Meter, Processors};
 
 /// How long a command may take; it is microseconds, but for what waits for a disk.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
@@ -155,6 +155,13 @@ impl Meter for Broker {
             Answer::Metrics(counts) => Ok(counts),
             other => Err(format!("the machine answers {other:?} when asked for its counters").into()),
         }
+    }
+}
+
+#[async_trait]
+impl Processors for Broker {
+    async fn allow(&self, count: u32) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.command(Command::Processors { count }, &[]).await.map(drop)?)
     }
 }
 

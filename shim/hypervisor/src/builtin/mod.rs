@@ -38,7 +38,7 @@ use tokio::task::JoinHandle;
 pub use self::broker::CommandError;
 use self::{broker::Broker, channel::Channel};
 use crate::{
-    Growth, Hypervisor, Journal, LaunchError, Machine, MachineEnd, Meter,
+    Growth, Hypervisor, Journal, LaunchError, Machine, MachineEnd, Meter, Processors,
     child::{Child, ChildSpec, Network},
     family::{Console, Family},
     helper::{HELPER_DEADLINE, ended, late, record, spawn},
@@ -268,6 +268,10 @@ impl Machine for BuiltinMachine {
     }
 
     fn meter(&self) -> Option<Arc<dyn Meter>> {
+        Some(self.broker.clone())
+    }
+
+    fn processors(&self) -> Option<Arc<dyn Processors>> {
         Some(self.broker.clone())
     }
 

@@ -236,11 +236,16 @@ impl<T: Machine + ?Sized> Running<T> {
     }
 
     pub async fn answer(&mut self) -> String {
+        self.verdict().await.unwrap_or_else(|error| panic!("the guest: {error}"))
+    }
+
+    /// An answer, or the guest's error.
+    pub async fn verdict(&mut self) -> Result<String, String> {
         let answer = self.session.answer().await;
         let answer = self.told("does not answer", answer).await;
         match answer.strip_prefix("ok") {
-            Some(text) => text.trim_start().replace("\\n", "\n"),
-            None => panic!("the guest: {answer}"),
+            Some(text) => Ok(text.trim_start().replace("\\n", "\n")),
+            None => Err(answer),
         }
     }
 

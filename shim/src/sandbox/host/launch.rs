@@ -115,7 +115,7 @@ impl Host {
             memory_mib: sizing.memory.0,
             vcpus: sizing.vcpus,
         };
-        let (mut ended, growth) = (running.ended(), running.growth());
+        let (mut ended, processors, growth) = (running.ended(), running.processors(), running.growth());
         *lock(&self.ready) = Some(Ready { running, agent: None, facts: facts.clone() });
 
         let limit = Duration::from_secs(config.hypervisor.boot_timeout_seconds);
@@ -137,7 +137,7 @@ impl Host {
             self.kill_machine("it did not boot");
             return Err(fault);
         }
-        *self.size.lock().await = Some(Book::new(wanted.sizing, growth));
+        *self.size.lock().await = Some(Book::new(wanted.sizing, processors, growth));
         Ok(facts.vmm_pid)
     }
 

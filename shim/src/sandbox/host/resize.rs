@@ -8,9 +8,9 @@
 //! ```
 //! A guest that cannot give all memory back keeps the rest: its limits hold, and the machine is told as large as it is.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use bulkhead_hypervisor::{Growth, qemu::BLOCK};
+use bulkhead_hypervisor::{Growth, Processors, qemu::BLOCK};
 use bulkhead_proto::agent::ResizeRequest;
 use bulkhead_vmm_spec::SizeMib;
 use oci_spec::runtime::LinuxResources;
@@ -31,15 +31,27 @@ const STEP: SizeMib = SizeMib(2);
 /// What is known of the machine's size. Whoever holds it may change it.
 pub(super) struct Book {
     claims: Claims,
+    processors: Option<Arc<dyn Processors>>,
     growth: Option<Growth>,
     /// What the guest has now.
     size: Size,
 }
 
 impl Book {
-    pub(super) fn new(sizing: Sizing, growth: Option<Growth>) -> Self {
+    pub(super) fn new(
+        sizing: Sizing,
+        processors: Option<Arc<dyn Processors>>,
+        growth: Option<Growth>,
+    ) -> Self {
         let size = Size { vcpus: sizing.vcpus, memory: sizing.memory };
-        Self { claims: Claims::new(sizing), growth, size }
+        Self { claims: Claims::new(sizing), processors, growth, size }
+    }
+
+    /// Has the VMM let so many processors run.
+    async fn allow(&self, vcpus: u32) -> Result<(), Fault> {
+        let Some(processors) = &self.processors else { return Ok(()) };
+        let allowed = processors.allow(vcpus).await;
+        allowed.map_err(|e| Fault::new(Kind::Internal, format!("let {vcpus} processors run: {e}")))
     }
 
     fn boot(&self) -> SizeMib {
@@ -157,10 +169,16 @@ impl Host {
         shrunk
     }
 
+    /// The VMM lets processors run before the guest starts them, and holds them after it has let go of them. A guest
+    /// that does not let go loses them too.
     async fn set_vcpus(&self, book: &mut Book, vcpus: u32) -> Result<(), Fault> {
-        let answer = self.agent()?.use_machine(ResizeRequest { vcpus, ..Default::default() }).await?;
-        let size = Size { vcpus: answer.vcpus, memory: book.size.memory };
-        self.resized(book, size);
+        let before = book.size.vcpus;
+        book.allow(vcpus.max(before)).await?;
+        let told = self.agent()?.use_machine(ResizeRequest { vcpus, ..Default::default() }).await;
+        let now = told.as_ref().map_or(before, |answer| answer.vcpus.clamp(1, vcpus));
+        book.allow(now).await?;
+        told?;
+        self.resized(book, Size { vcpus: now, memory: book.size.memory });
         Ok(())
     }
 

@@ -8,6 +8,8 @@
 //!                ▼                               │
 //!         Gate: Pause ── waits ──────────────────┘      Gate: Stop ─▶ thread ends
 //! ```
+//! Of the processors that there is room for, those beyond the shape's own wait at the gate too, until the shim lets
+//! them run: a guest has no more of them than it was given, whatever it does.
 
 use std::{
     sync::{
@@ -17,7 +19,7 @@ use std::{
     thread::JoinHandle,
 };
 
-use bulkhead_vmm_spec::wire::Ended;
+use bulkhead_vmm_spec::{Shape, wire::Ended};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
 use vm_memory::GuestAddress;
@@ -45,10 +47,23 @@ enum Wish {
 #[derive(Debug)]
 struct Crowd {
     wish: Wish,
+    /// So many may run, the first ones.
+    allowed: usize,
     /// Threads that have not ended.
     alive: usize,
     /// Of these, how many wait at the gate.
     held: usize,
+}
+
+impl Crowd {
+    /// Whether the processor `id` has to wait.
+    fn holds(&self, id: usize) -> bool {
+        match self.wish {
+            Wish::Run => id >= self.allowed,
+            Wish::Pause => true,
+            Wish::Stop => false,
+        }
+    }
 }
 
 /// Lets the processors run, or holds them.
@@ -59,26 +74,30 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    fn new(cpus: usize) -> Self {
-        Self { crowd: Mutex::new(Crowd { wish: Wish::Pause, alive: cpus, held: 0 }), changed: Condvar::new() }
+    fn new(cpus: usize, allowed: usize) -> Self {
+        let crowd = Crowd { wish: Wish::Pause, allowed, alive: cpus, held: 0 };
+        Self { crowd: Mutex::new(crowd), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Crowd> {
         self.crowd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wish(&self, wish: Wish) {
-        self.lock().wish = wish;
+    /// Answers how many are in the guest, and have to be kicked to hear of it.
+    fn wish(&self, wish: Wish) -> usize {
+        let mut crowd = self.lock();
+        crowd.wish = wish;
         self.changed.notify_all();
+        crowd.alive - crowd.held
     }
 
     /// Called by a processor between two runs: answers `false` when it is to end.
-    fn pass(&self) -> bool {
+    fn pass(&self, id: usize) -> bool {
         let mut crowd = self.lock();
-        if crowd.wish == Wish::Pause {
+        if crowd.holds(id) {
             crowd.held += 1;
             self.changed.notify_all();
-            while crowd.wish == Wish::Pause {
+            while crowd.holds(id) {
                 crowd = self.changed.wait(crowd).unwrap_or_else(PoisonError::into_inner);
             }
             crowd.held -= 1;
@@ -99,8 +118,9 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn is_deserted(&self) -> bool {
-        self.lock().alive == 0
+    fn allow(&self, count: usize) {
+        self.lock().allowed = count;
+        self.changed.notify_all();
     }
 }
 
@@ -142,30 +162,32 @@ pub(crate) struct Cpus {
 }
 
 impl Cpus {
-    /// Makes the processors and a thread for each, held until [`Cpus::run`].
+    /// Makes the processors that `shape` has room for and a thread for each, held until [`Cpus::run`]; those beyond its
+    /// own for longer.
     ///
     /// # Errors
     /// KVM refuses one, or no thread can be made.
     pub(crate) fn new(
         kvm: &Kvm,
         vm: &Vm,
-        count: u32,
+        shape: &Shape,
         entry: GuestAddress,
         bus: &Arc<Bus>,
         outcome: &Arc<Outcome>,
         filters: &Arc<Filters>,
     ) -> Result<Self, KvmError> {
-        let gate = Arc::new(Gate::new(count as usize));
+        let room = shape.max_vcpus;
+        let gate = Arc::new(Gate::new(room as usize, shape.vcpus as usize));
         let counts = Arc::new(ExitCounts::default());
         let supported =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell what processors it has"))?;
         // Made one after the other before any thread runs: KVM wants ids in order, and a failure here
         // leaves nothing that runs.
-        let fds =
-            (0..count).map(|id| make(vm, id, count, &supported, entry)).collect::<Result<Vec<_>, _>>()?;
+        let fds = (0..room).map(|id| make(vm, id, room, &supported, entry)).collect::<Result<Vec<_>, _>>()?;
         let mut threads = Vec::new();
         for (id, fd) in fds.into_iter().enumerate() {
             let cpu = Cpu {
+                id,
                 fd,
                 gate: gate.clone(),
                 counts: counts.clone(),
@@ -195,6 +217,21 @@ impl Cpus {
         self.gate.all_held();
     }
 
+    /// Lets the first `count` of them run, and holds the others.
+    ///
+    /// # Errors
+    /// There are not so many, or it would be none.
+    pub(crate) fn let_run(&self, count: u32) -> Result<(), String> {
+        let (count, room) = (count as usize, self.threads.len());
+        if count == 0 || count > room {
+            return Err(format!("{count} processors of a machine that has room for {room}"));
+        }
+        self.gate.allow(count);
+        // Those that run learn it at the gate.
+        self.threads[count..].iter().for_each(sys::kick);
+        Ok(())
+    }
+
     /// What they needed us for.
     pub(crate) fn counts(&self) -> &ExitCounts {
         &self.counts
@@ -203,9 +240,8 @@ impl Cpus {
 
 impl Drop for Cpus {
     fn drop(&mut self) {
-        self.gate.wish(Wish::Stop);
         // A guest that ended by itself leaves nobody to interrupt.
-        if !self.gate.is_deserted() {
+        if self.gate.wish(Wish::Stop) > 0 {
             self.threads.iter().for_each(sys::kick);
         }
         for thread in self.threads.drain(..) {
@@ -238,6 +274,7 @@ fn make(
 
 /// One processor on its thread.
 struct Cpu {
+    id: usize,
     fd: VcpuFd,
     gate: Arc<Gate>,
     counts: Arc<ExitCounts>,
@@ -271,7 +308,7 @@ impl Cpu {
             let text = format!("cannot install the filter of a processor: {error}");
             return Some(Ended::Failure(text));
         }
-        while self.gate.pass() {
+        while self.gate.pass(self.id) {
             if let Some(ended) = self.enter() {
                 return Some(ended);
             }
