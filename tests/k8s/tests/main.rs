@@ -7,6 +7,7 @@ mod life;
 mod network;
 mod reach;
 mod refusals;
+mod resources;
 mod restarts;
 mod security;
 mod volumes;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         configuration::TESTS,
         volumes::TESTS,
         security::TESTS,
+        resources::TESTS,
         restarts::TESTS,
         refusals::TESTS,
     ]
