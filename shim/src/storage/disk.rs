@@ -31,7 +31,7 @@ pub enum DiskError {
     },
     /// The machine was launched without it.
     #[error(
-        "block device {} ({major}:{minor}): the machine runs already and has no such disk; name it in the pod's first container",
+        "block device {} ({major}:{minor}): the machine runs already and gets no more disks; name it in the pod's first container, or, in Kubernetes, where the machine comes before its containers, claim a volume with `volumeMode: Filesystem`",
         container.display()
     )]
     Late {
@@ -143,6 +143,9 @@ mod tests {
         let told = disks.of_container(&[disk(0)]).unwrap();
         assert_eq!((told[0].major, told[0].minor, told[0].serial.as_str()), (8, 0, "host-8-0"));
         let late = disks.of_container(&[disk(16)]).unwrap_err().to_string();
-        assert!(late.contains("(8:16)") && late.contains("first container"), "{late}");
+        assert!(
+            late.contains("(8:16)") && late.contains("first container") && late.contains("Filesystem"),
+            "{late}"
+        );
     }
 }

@@ -3,7 +3,13 @@
 use anyhow::{Result, ensure};
 use harness::{Context, Test};
 
-pub(crate) const TESTS: &[Test] = &[Test::common("volumes::shared_by_containers_and_node", volumes)];
+pub(crate) const TESTS: &[Test] = &[
+    Test::common("volumes::shared_by_containers_and_node", volumes),
+    Test::common("volumes::one_that_outlives_its_pod", persistent),
+    Test::common("volumes::a_block_device", block),
+    Test::common("volumes::an_image", image),
+    Test::common("volumes::more_than_the_limit_is_evicted", evicted),
+];
 
 fn volumes(t: &mut Context<'_>) -> Result<()> {
     t.on_node("node-1", &["sh", "-c", "mkdir -p /var/lib/shared; echo from the node >/var/lib/shared/note"])?;
@@ -33,5 +39,76 @@ fn volumes(t: &mut Context<'_>) -> Result<()> {
     t.in_pod("volumes", "reader", "echo kept >/disk/kept; kill -9 -1; kill 1; exit 0").ok();
     t.kubectl_ok(&["exec", "volumes", "-c", "writer", "--", "cat", "/disk/kept"])?;
     t.on_node("node-1", &["rm", "-rf", "/var/lib/shared/note", "/var/lib/shared/answer"])?;
+    Ok(())
+}
+
+fn persistent(t: &mut Context<'_>) -> Result<()> {
+    t.on_node("node-1", &["mkdir", "-p", "/var/lib/persistent"])?;
+    t.example("persistent.yaml")?;
+    t.ready(&["writer", "reader"])?;
+    t.wait("jsonpath={.status.phase}=Bound", &["pvc/folder"])?;
+    t.in_pod("writer", "main", "echo of the first >/folder/note; chown 7:8 /folder/note")?;
+    t.kubectl_ok(&["delete", "pod", "writer", "--wait", "--timeout=120s"])?;
+    let seen = t.in_pod("reader", "main", "cat /folder/note; stat -c %u:%g /folder/note")?;
+    ensure!(seen == "of the first\n7:8", "{seen}");
+    t.in_pod("reader", "main", "echo of the other >>/folder/note")?;
+    // Another one with the same claim.
+    t.example("persistent.yaml")?;
+    t.ready(&["writer"])?;
+    ensure!(t.in_pod("writer", "main", "cat /folder/note")? == "of the first\nof the other");
+    t.on_node("node-1", &["rm", "/var/lib/persistent/note"])?;
+    Ok(())
+}
+
+/// What a machine cannot have is said.
+fn block(t: &mut Context<'_>) -> Result<()> {
+    let make = "truncate -s 16M /var/lib/disk.img; \
+                ln -sfn $(losetup --find --show /var/lib/disk.img) /var/lib/disk";
+    t.on_node("node-1", &["sh", "-c", make])?;
+    let seen = with_device(t);
+    // Gone at the latest when the pod is.
+    let remove = "losetup --detach $(readlink /var/lib/disk); rm /var/lib/disk /var/lib/disk.img";
+    t.on_node("node-1", &["sh", "-c", remove])?;
+    seen
+}
+
+fn with_device(t: &mut Context<'_>) -> Result<()> {
+    t.example("block-volume.yaml")?;
+    if t.settings().is_bulkhead() {
+        let said = t.event("block", &["block device /dev/disk", "the machine runs already"])?;
+        ensure!(said.contains("volumeMode: Filesystem"), "what to do: {said}");
+        return Ok(());
+    }
+    t.ready(&["block"])?;
+    let script =
+        "test -b /dev/disk; echo from the pod | dd of=/dev/disk bs=512 seek=9 conv=fsync 2>/dev/null";
+    t.in_pod("block", "main", script)?;
+    t.kubectl_ok(&["delete", "pod", "block", "--wait", "--timeout=120s"])?;
+    let seen = t.on_node("node-1", &["dd", "if=/var/lib/disk.img", "bs=512", "skip=9", "count=1"])?;
+    ensure!(seen.starts_with("from the pod\n"), "{seen:?}");
+    Ok(())
+}
+
+fn image(t: &mut Context<'_>) -> Result<()> {
+    t.example("image-volume.yaml")?;
+    t.ready(&["image-volume"])?;
+    let seen =
+        t.in_pod("image-volume", "main", "cat /image/data/hello.txt /part/hello.txt; ls -d /image/bin")?;
+    ensure!(seen == "hello\nhello\n/image/bin", "{seen}");
+    for place in ["/image/new", "/part/hello.txt"] {
+        let refused = t.kubectl(&["exec", "image-volume", "--", "touch", place]).output()?;
+        refused.expect_failure()?.expect_stderr(&["Read-only file system"])?;
+    }
+    Ok(())
+}
+
+fn evicted(t: &mut Context<'_>) -> Result<()> {
+    t.example("evicted.yaml")?;
+    t.wait("jsonpath={.status.phase}=Failed", &["pod/evicted"])?;
+    let seen = t.field("pod/evicted", "{.status.reason}: {.status.message}")?;
+    ensure!(
+        seen.trim_end() == "Evicted: Usage of EmptyDir volume \"scratch\" exceeds the limit \"16Mi\".",
+        "{seen}"
+    );
     Ok(())
 }
