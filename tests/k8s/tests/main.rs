@@ -5,6 +5,7 @@
 mod configuration;
 mod life;
 mod network;
+mod policies;
 mod reach;
 mod refusals;
 mod resources;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         volumes::TESTS,
         security::TESTS,
         resources::TESTS,
+        policies::TESTS,
         restarts::TESTS,
         refusals::TESTS,
     ]
