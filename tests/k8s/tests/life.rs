@@ -6,6 +6,7 @@ use harness::{Context, Test};
 pub(crate) const TESTS: &[Test] = &[
     Test::common("life::init_containers_and_sidecars", sidecar),
     Test::common("life::probes_of_every_kind", probes),
+    Test::common("life::a_probe_by_grpc", grpc),
     Test::common("life::hooks_and_a_graceful_end", lifecycle),
     Test::common("life::ends_that_are_told", ends),
 ];
@@ -38,6 +39,14 @@ fn probes(t: &mut Context<'_>) -> Result<()> {
     let restarts = t.field("pod/probes", "{.status.containerStatuses[*].restartCount}")?;
     ensure!(restarts == "0 0 0 1", "{restarts}");
     Ok(())
+}
+
+fn grpc(t: &mut Context<'_>) -> Result<()> {
+    t.example("grpc.yaml")?;
+    // An answer, and not the one that it wants: without one it says so in other words.
+    t.event("grpc", &["Readiness probe failed", "NOT_SERVING"])?;
+    t.in_pod("grpc", "main", "touch /tmp/well")?;
+    t.ready(&["grpc"])
 }
 
 fn lifecycle(t: &mut Context<'_>) -> Result<()> {
