@@ -41,6 +41,8 @@ fn namespace(t: &mut Context<'_>) -> Result<()> {
 fn drained(t: &mut Context<'_>) -> Result<()> {
     t.kubectl_ok(&["taint", "nodes", "--all", "machines=only:NoSchedule"])?;
     let seen = from_node_to_node(t);
+    let class = format!("runtimeclass/{}", t.settings().handler);
+    t.kubectl_ok(&["patch", &class, "-p", r#"{"scheduling": {"tolerations": null}}"#])?;
     t.kubectl_ok(&["taint", "nodes", "--all", "machines-"])?;
     for node in NODES {
         t.kubectl_ok(&["uncordon", node])?;
@@ -51,6 +53,13 @@ fn drained(t: &mut Context<'_>) -> Result<()> {
 fn from_node_to_node(t: &mut Context<'_>) -> Result<()> {
     t.example("drained.yaml")?;
     t.event("intolerant", &["FailedScheduling", "had untolerated taint"])?;
+    // A RuntimeClass tolerates for its pods, from when they are made.
+    let class = format!("runtimeclass/{}", t.settings().handler);
+    let tolerations = r#"{"scheduling": {"tolerations": [{"key": "machines", "operator": "Exists"}]}}"#;
+    t.kubectl_ok(&["patch", &class, "-p", tolerations])?;
+    t.kubectl_ok(&["delete", "pod", "intolerant", "--wait", "--timeout=120s"])?;
+    t.example("drained.yaml")?;
+    t.ready(&["intolerant"])?;
     t.wait("jsonpath={.status.readyReplicas}=1", &["deployment/steady"])?;
     let one = || t.field("pods", "{.items[?(@.metadata.labels.app=='steady')].metadata.name}");
     let (first, place) = (one()?, "{.spec.nodeName}");
