@@ -7,8 +7,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("volumes::shared_by_containers_and_node", volumes),
     Test::common("volumes::one_that_outlives_its_pod", persistent),
     Test::common("volumes::a_block_device", block),
-    Test::common("volumes::an_image", image),
-    Test::common("volumes::more_than_the_limit_is_evicted", evicted),
+    Test::common("volumes::an_image_and_a_limit_that_evicts", image_and_limit),
 ];
 
 fn volumes(t: &mut Context<'_>) -> Result<()> {
@@ -89,7 +88,9 @@ fn with_device(t: &mut Context<'_>) -> Result<()> {
     Ok(())
 }
 
-fn image(t: &mut Context<'_>) -> Result<()> {
+/// Together, for the kubelet looks at the limit when it is time.
+fn image_and_limit(t: &mut Context<'_>) -> Result<()> {
+    t.example("evicted.yaml")?;
     t.example("image-volume.yaml")?;
     t.ready(&["image-volume"])?;
     let seen =
@@ -99,11 +100,6 @@ fn image(t: &mut Context<'_>) -> Result<()> {
         let refused = t.kubectl(&["exec", "image-volume", "--", "touch", place]).output()?;
         refused.expect_failure()?.expect_stderr(&["Read-only file system"])?;
     }
-    Ok(())
-}
-
-fn evicted(t: &mut Context<'_>) -> Result<()> {
-    t.example("evicted.yaml")?;
     t.wait("jsonpath={.status.phase}=Failed", &["pod/evicted"])?;
     let seen = t.field("pod/evicted", "{.status.reason}: {.status.message}")?;
     ensure!(
