@@ -31,6 +31,7 @@ mod stats;
 mod stdio;
 mod sys;
 mod users;
+mod volumes;
 
 use std::process::ExitCode;
 

@@ -22,8 +22,9 @@ use std::{
 };
 
 use bulkhead_proto::agent::{
-    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, ForwardRequest, GuestProcess,
-    Network, ResizePtyRequest, ResizeRequest, ResizeResponse, SignalRequest, Stdio, UpdateRequest,
+    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, FollowVolumeRequest,
+    ForwardRequest, GuestProcess, Network, ResizePtyRequest, ResizeRequest, ResizeResponse, SignalRequest,
+    Stdio, UpdateRequest,
 };
 use tokio::{sync::Notify, task::AbortHandle, time::timeout};
 
@@ -40,6 +41,7 @@ use crate::{
     stats,
     stdio::{self, Terminal},
     users::Users,
+    volumes::{self, Copies},
 };
 
 /// How long the kernel may take to freeze a container, or to end one that was killed.
@@ -56,6 +58,8 @@ pub(crate) struct Sandbox {
     configuring: tokio::sync::Mutex<()>,
     /// Held while the shared namespace of processes is made.
     sharing_pids: tokio::sync::Mutex<()>,
+    /// Held while a copy of a volume is exchanged.
+    following: tokio::sync::Mutex<()>,
     /// Held while limits, or what the guest uses of its machine, change.
     updating: tokio::sync::Mutex<()>,
 }
@@ -78,6 +82,8 @@ struct Container {
     users: Option<Users>,
     /// Its block devices.
     disks: Disks,
+    /// Its volumes that are copies.
+    copies: Arc<Copies>,
     /// Running processes by exec id; an empty id is init.
     processes: HashMap<String, Process>,
     /// The kernel's count of OOM kills that was last told.
@@ -124,6 +130,7 @@ impl Sandbox {
             ended: Notify::new(),
             configuring: Default::default(),
             sharing_pids: Default::default(),
+            following: Default::default(),
             updating: Default::default(),
         })
     }
@@ -171,6 +178,11 @@ impl Sandbox {
     /// Makes a container whose command waits for [`Sandbox::start`]. Answers the pid of its init.
     pub(crate) async fn create(self: &Arc<Self>, request: &CreateContainerRequest) -> Result<u32> {
         let id = &request.container_id;
+        spec::check_id(id)?;
+        if self.state().containers.contains_key(id) {
+            return Err(Error::Exists(format!("container {id} exists already")));
+        }
+        let copies = Copies::make(id, &request.followed);
         let create = {
             let mut state = self.state();
             if !state.configured {
@@ -184,6 +196,7 @@ impl Sandbox {
                 namespaces: Path::new(netns::DIR),
                 has_device: &|typ, major, minor| spec::sys_dev(typ, major, minor).exists(),
                 disks: Disks::find(&request.disks).doing(|| "find the container's block devices".into())?,
+                copies: Some(&copies),
                 ipc_sysctls: &state.ipc_sysctls,
                 users: state.users.as_ref(),
             };
@@ -196,6 +209,7 @@ impl Sandbox {
                     last_mile: create.last_mile.clone(),
                     users: create.users.clone(),
                     disks,
+                    copies: Arc::new(copies),
                     processes: HashMap::new(),
                     oom_kills: 0,
                     oom_watch: None,
@@ -221,6 +235,19 @@ impl Sandbox {
                 Err(e)
             }
         }
+    }
+
+    /// Has a container's copy of a volume become what the host's is.
+    pub(crate) async fn follow_volume(&self, request: &FollowVolumeRequest) -> Result<()> {
+        let (id, source) = (&request.container_id, Path::new(&request.volume.source));
+        let copies = Arc::clone(&self.state().container(id)?.copies);
+        let Some(copy) = copies.of(source).map(Path::to_owned) else {
+            // It is mounted as any other.
+            return Ok(());
+        };
+        let _one_at_a_time = self.following.lock().await;
+        volumes::exchange(source, &copy, &request.volume.version)
+            .doing(|| format!("exchange {} of container {id}", source.display()))
     }
 
     /// The namespace of processes that containers may share is made when the first of them wants it: it costs

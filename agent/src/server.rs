@@ -15,9 +15,9 @@ use bulkhead_proto::{
     CONTROL_PORT, PROTOCOL_VERSION,
     agent::{
         Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, ForwardRequest,
-        Network, PidsResponse, ResizePtyRequest, ResizeRequest, ResizeResponse, ShutdownRequest,
-        SignalRequest, StatsResponse, UpdateRequest, UpdateResponse, create_agent,
+        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, FollowVolumeRequest,
+        ForwardRequest, Network, PidsResponse, ResizePtyRequest, ResizeRequest, ResizeResponse,
+        ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, UpdateResponse, create_agent,
     },
     stream::{Hello, encode_hello},
 };
@@ -154,6 +154,11 @@ impl Agent for Service {
     ) -> Result<CreateContainerResponse> {
         let pid = self.sandbox.create(&request).await?;
         Ok(CreateContainerResponse { pid, ..Default::default() })
+    }
+
+    async fn follow_volume(&self, _: &TtrpcContext, request: FollowVolumeRequest) -> Result<Empty> {
+        self.sandbox.follow_volume(&request).await?;
+        Ok(Empty::new())
     }
 
     async fn start_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {

@@ -21,6 +21,7 @@ use crate::{
     launcher::{Create, Exec, LastMile, Size, allows_every_device, default_devices},
     podns,
     users::Users,
+    volumes::Copies,
 };
 
 /// What the translation has to know of the guest.
@@ -33,6 +34,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) has_device: &'a dyn Fn(LinuxDeviceType, i64, i64) -> bool,
     /// Disks that stand for block devices of the host.
     pub(crate) disks: Disks,
+    /// Copies that stand for volumes of the host.
+    pub(crate) copies: Option<&'a Copies>,
     /// Sysctls of the pod that belong to each container's ipc namespace.
     pub(crate) ipc_sysctls: &'a [(String, String)],
     /// The pod's user namespace, if it has one.
@@ -68,6 +71,7 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     }
     let devices = devices(&mut linux, guest)?;
     refuse_sharing(&spec)?;
+    mount_copies(&mut spec, guest);
     let users = join_users(&mut linux, &process, guest)?;
     if let Some(propagation) = linux.rootfs_propagation() {
         // libcontainer makes it recursive in any case, and knows the plain names only.
@@ -286,6 +290,19 @@ fn devices(linux: &mut Linux, guest: &Guest<'_>) -> Result<Vec<oci_spec::runtime
     }
     linux.set_devices(Some(wanted));
     Ok(rules)
+}
+
+/// Has bind mounts of what was copied show the copy.
+fn mount_copies(spec: &mut Spec, guest: &Guest<'_>) {
+    let Some(copies) = guest.copies else { return };
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        let copy = mount.source().as_ref().and_then(|source| copies.of(source)).map(Path::to_owned);
+        if copy.is_some() {
+            mount.set_source(copy);
+        }
+    }
+    spec.set_mounts(Some(mounts));
 }
 
 /// Mounts that a container makes cannot show on the host: the share has no way for them.

@@ -5,6 +5,7 @@ use super::*;
 fn guest() -> Guest<'static> {
     Guest {
         disks: Disks::default(),
+        copies: None,
         network: "/run/bulkhead/ns/net".into(),
         namespaces: Path::new("/run/bulkhead/ns"),
         has_device: &|_, major, minor| (major, minor) == (1, 3),

@@ -6,7 +6,7 @@ pub mod stream;
 
 /// Version of the conversation. Shim and guest image refuse each other when it differs: both come from
 /// one build, so a mismatch means that an old image lies beside a new shim.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// Vsock port at which the host waits for the agent's control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -29,6 +29,10 @@ pub const NAMESPACE_DIR: &str = "/run/bulkhead/ns";
 
 /// The pod's /dev/shm in the guest, which containers of a pod share.
 pub const SHM_DIR: &str = "/run/bulkhead/shm";
+
+/// The link by which a volume names the folder of its present files, and which is replaced when they change: Kubernetes
+/// does so with ConfigMaps, Secrets, the downward API and projected volumes (pkg/volume/util/atomic_writer.go).
+pub const VOLUME_LINK: &str = "..data";
 
 /// Prefix of an error message for a command that is not in the container, after which the reason follows
 /// in the words that users know from runc.

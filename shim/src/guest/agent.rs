@@ -62,6 +62,15 @@ pub fn listen(vsock: &Path, port: u32) -> Result<UnixListener, GuestError> {
     UnixListener::bind(&path).map_err(|source| GuestError::Listen { path, source })
 }
 
+/// What of the host a container has beside its specification, which names it.
+#[derive(Debug, Default)]
+pub struct Files {
+    /// Block devices.
+    pub disks: Vec<agent::Disk>,
+    /// Volumes of which it gets copies that follow them.
+    pub followed: Vec<agent::FollowedVolume>,
+}
+
 /// The agent of one guest.
 #[derive(Clone)]
 pub struct Agent {
@@ -152,16 +161,24 @@ impl Agent {
         io: &Io,
         tokens: Tokens,
         size: Option<(u32, u32)>,
-        disks: Vec<agent::Disk>,
+        files: Files,
     ) -> Result<(), Fault> {
         let request = agent::CreateContainerRequest {
             container_id: id.to_string(),
             spec,
-            disks,
+            disks: files.disks,
+            followed: files.followed,
             stdio: Some(stdio(io, tokens, size)).into(),
             ..Default::default()
         };
         self.call(self.client.create_container(self.context(), &request)).await.map(drop)
+    }
+
+    /// Has a container's copy of a volume become the version named so.
+    pub async fn follow_volume(&self, id: &ContainerId, volume: agent::FollowedVolume) -> Result<(), Fault> {
+        let (container_id, volume) = (id.to_string(), Some(volume).into());
+        let request = agent::FollowVolumeRequest { container_id, volume, ..Default::default() };
+        self.call(self.client.follow_volume(self.context(), &request)).await.map(drop)
     }
 
     /// Lets a container's command run.

@@ -3,4 +3,4 @@
 
 mod agent;
 
-pub use agent::{Agent, GuestError, GuestEvents, listen};
+pub use agent::{Agent, Files, GuestError, GuestEvents, listen};

@@ -11,7 +11,7 @@ mod spec;
 mod users;
 
 pub use devices::Disk;
-pub use mounts::{Bind, ReadOnly};
+pub use mounts::{Bind, ReadOnly, in_share};
 pub use pod::{Dns, PodConfig};
 pub use resize::{Claims, Limits, Size, with_descriptions};
 pub use role::{Role, role};

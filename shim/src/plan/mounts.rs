@@ -159,7 +159,7 @@ impl ContainerPlan {
 }
 
 /// Where the guest finds the bind mount with the number `slot`.
-fn in_share(id: &ContainerId, slot: usize) -> PathBuf {
+pub fn in_share(id: &ContainerId, slot: usize) -> PathBuf {
     format!("{SHARE_DIR}/{id}/mounts/{slot}").into()
 }
 

@@ -4,6 +4,7 @@
 mod backend;
 mod containers;
 mod figures;
+mod follow;
 mod launch;
 mod resize;
 mod wanted;
@@ -33,7 +34,7 @@ use crate::{
     metrics::{SOCKET, counters::Counters, http},
     process,
     stdio::Hub,
-    storage::Disks,
+    storage::{Disks, Follower},
     tasks,
 };
 
@@ -98,6 +99,7 @@ pub struct Host {
     disks: Mutex<Disks>,
     network: Mutex<Option<Arc<PodNetwork>>>,
     stand_ins: Mutex<HashMap<ContainerId, StandIn>>,
+    follower: Mutex<Option<Arc<Follower>>>,
     counters: Arc<Counters>,
     scrapes: Scrapes,
 }
@@ -196,6 +198,7 @@ impl Host {
             disks: Mutex::default(),
             network: Mutex::default(),
             stand_ins: Mutex::default(),
+            follower: Mutex::default(),
             counters,
             scrapes: Scrapes::default(),
         })

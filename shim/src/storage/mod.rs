@@ -7,8 +7,10 @@ mod mount;
 mod pod;
 mod points;
 mod share;
+mod volume;
 
 pub use disk::{DiskError, Disks};
 pub use mount::{MountError, bind, make_read_only, mount};
 pub use pod::PodFiles;
 pub use share::{Share, ShareError};
+pub use volume::{Follower, Volume, version};

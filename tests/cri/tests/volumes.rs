@@ -1,9 +1,10 @@
 //! Volumes: what of the host's mounts a container sees and may write, and that the host keeps its own.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use harness::{Context, Test};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::{Value, json};
@@ -15,6 +16,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("volumes::a_recursively_read_only_one_cannot_be_written_below", recursively_read_only),
     Test::common("volumes::the_host_keeps_what_it_has_mounted_below", kept),
     Test::common("volumes::later_mounts_of_the_host_are_seen_where_asked", propagation),
+    Test::common("volumes::one_that_is_exchanged_tells_who_watches", exchanged),
     Test::common("volumes::a_read_only_root_gets_the_mount_points_it_lacks", read_only_root),
 ];
 
@@ -146,5 +148,75 @@ fn read_only_root(t: &mut Context<'_>) -> Result<()> {
     let seen = t.exec_in(&id, "ls /var/run/made/for/it; cat /etc/hostname; touch /x 2>&1; true")?;
     ensure!(seen.starts_with("below\np\n"), "{seen}");
     ensure!(seen.contains("Read-only file system"), "{seen}");
+    t.remove_pod(&pod)
+}
+
+/// As Kubernetes writes a ConfigMap: a folder for the version, a link to it, and a link for each file.
+fn exchange(volume: &Path, version: &str, files: &[(&str, &str)]) -> Result<()> {
+    let folder = volume.join(version);
+    fs::create_dir_all(&folder)?;
+    for (name, text) in files {
+        fs::write(folder.join(name), text)?;
+    }
+    symlink(version, volume.join("..data_tmp"))?;
+    fs::rename(volume.join("..data_tmp"), volume.join("..data"))?;
+    for entry in fs::read_dir(volume)?.flatten() {
+        let name = entry.file_name();
+        let is_old = entry.file_type()?.is_dir() && name != version;
+        if is_old {
+            fs::remove_dir_all(entry.path())?;
+        } else if entry.file_type()?.is_symlink() && name != "..data" {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    for (name, _) in files {
+        symlink(Path::new("..data").join(name), volume.join(name))?;
+    }
+    Ok(())
+}
+
+fn exchanged(t: &mut Context<'_>) -> Result<()> {
+    let watcher =
+        std::env::var("BULKHEAD_TEST_WATCHER").context("BULKHEAD_TEST_WATCHER names the watcher")?;
+    let volume = t.dir().join("settings");
+    exchange(&volume, "..1", &[("page", "first"), ("old", "gone soon")])?;
+    let pod = t.pod("p", |_| {})?;
+    let mounts = json!([
+        {"host_path": volume, "container_path": "/settings", "readonly": true},
+        {"host_path": watcher, "container_path": "/watcher", "readonly": true},
+    ]);
+    let mut ids = Vec::new();
+    for name in ["a", "b"] {
+        let id = t.create_in(&pod, name, SLEEPER, |c| c["mounts"] = mounts.clone())?;
+        t.crictl_ok(&["start", &id])?;
+        ids.push(id);
+    }
+    let [a, b] = &ids[..] else { bail!("{ids:?}") };
+    ensure!(t.exec_in(a, "cat /settings/page /settings/old")? == "firstgone soon");
+    let watch = |id: &str| -> Result<_> {
+        let watch = t.crictl()?.args(["exec", id, "/watcher", "/settings"]).spawn()?;
+        watch.wait_for_text("watching\n")?;
+        Ok(watch)
+    };
+    let watching = [watch(a)?, watch(b)?];
+    let many: Vec<(String, String)> = (0..300).map(|n| (format!("file-{n}"), format!("text {n}"))).collect();
+    let mut second = vec![("page", "second")];
+    second.extend(many.iter().map(|(name, text)| (name.as_str(), text.as_str())));
+    exchange(&volume, "..2", &second)?;
+    for (watch, id) in watching.iter().zip([a, b]) {
+        watch.wait_for_text("..data\n")?;
+        // From this moment on, not a little later.
+        let seen = t.exec_in(id, "cat /settings/page /settings/file-299; readlink /settings/..data")?;
+        ensure!(seen == "secondtext 299..2", "{seen}");
+    }
+    exchange(&volume, "..3", &[("page", "third")])?;
+    watching[0].wait_until("two exchanges", |said| said.matches("..data\n").count() == 2)?;
+    ensure!(touch(t, a, "/settings/x")?.contains("Read-only file system"));
+    t.crictl_ok(&["rm", "--force", a])?;
+    exchange(&volume, "..4", &[("page", "fourth")])?;
+    watching[1].wait_until("three exchanges", |said| said.matches("..data\n").count() == 3)?;
+    ensure!(t.exec_in(b, "cat /settings/page")? == "fourth");
+    // The links of files that are no more went with the exchange before.
+    ensure!(t.exec_in(b, "ls /settings")? == "page");
     t.remove_pod(&pod)
 }

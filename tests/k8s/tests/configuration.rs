@@ -1,6 +1,6 @@
 //! What a pod is told, and hears of later.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use harness::{Context, Test};
 
 pub(crate) const TESTS: &[Test] =
@@ -18,14 +18,25 @@ fn configuration(t: &mut Context<'_>) -> Result<()> {
     let seen = t.in_pod("configuration", "main", "cat /about/labels; echo; cat /about/note")?;
     ensure!(seen == "tier=\"front\"\nof this pod", "{seen}");
     tokens(t)?;
+    // The kubelet looks again after some seconds; who watches hears of it at once.
+    let program =
+        std::env::var("BULKHEAD_TEST_WATCHER").context("BULKHEAD_TEST_WATCHER names the watcher")?;
+    t.kubectl_ok(&["cp", &program, "configuration:/tmp/watcher"])?;
+    let watch = |folder: &str| {
+        let watch = t.kubectl(&["exec", "configuration", "--", "/tmp/watcher", folder]).spawn()?;
+        watch.wait_for_text("watching\n")?;
+        anyhow::Ok(watch)
+    };
+    let watching = [watch("/settings")?, watch("/password")?];
     let change = r#"{"data": {"colour": "green", "page": "another\n"}}"#;
     t.kubectl_ok(&["patch", "configmap", "settings", "-p", change])?;
     t.kubectl_ok(&["patch", "secret", "password", "-p", r#"{"stringData": {"word": "close"}}"#])?;
-    // The kubelet looks again after some seconds; who watches for it in the pod has it at once.
-    let script = "until [ $(cat /settings/colour) = green ] && [ $(cat /password/word) = close ]; do \
-                  usleep 100000; done; cat /settings/page; echo $COLOUR";
+    for watch in &watching {
+        watch.wait_for_text("..data\n")?;
+    }
+    let script = "cat /settings/colour /password/word /settings/page; echo $COLOUR";
     let seen = t.in_pod("configuration", "main", script)?;
-    ensure!(seen == "another\nblue", "a variable stays as it was: {seen}");
+    ensure!(seen == "greencloseanother\nblue", "a variable stays as it was: {seen}");
     Ok(())
 }
 

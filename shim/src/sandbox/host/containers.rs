@@ -11,13 +11,15 @@ use super::{
         model::*,
         stand_in::{Arrival, StandIn, arrived},
     },
-    Host, POD_DELETED, blocking, lock, record,
+    Host, POD_DELETED, blocking,
+    follow::{catch_up, followed},
+    lock, record,
     wanted::load_spec,
 };
 use crate::{
     cgroup,
     error::{Fault, Kind, chain},
-    guest::Agent,
+    guest::{Agent, Files},
     hooks,
     ids::{ContainerId, ProcessKey},
     ledger::{self, Entry},
@@ -25,7 +27,7 @@ use crate::{
     plan::{self, ContainerPlan, Limits, Role},
     process,
     stdio::Tokens,
-    storage::{PodFiles, Share},
+    storage::{PodFiles, Share, Volume},
 };
 
 /// Below a sandbox's directory: the empty root of what stands for a pod.
@@ -43,6 +45,8 @@ pub(super) struct Prepared {
     /// As its hooks are told of it.
     subject: hooks::Subject,
     io: Io,
+    /// What of its bind mounts the host exchanges as a whole.
+    volumes: Vec<Volume>,
 }
 
 impl Prepared {
@@ -60,10 +64,14 @@ impl Host {
         if lock(&self.pod).is_some() {
             PodFiles::new(&self.dir).add_to(&request.id, &mut plan);
         }
+        let mut volumes = Vec::new();
         // Nothing runs in the root of a container that only stands for its pod.
         if role != Role::Sandbox {
-            for slot in self.share_files(&request, &plan).await? {
+            let (mixed, found) = self.share_files(&request, &plan).await?;
+            volumes = found;
+            for slot in mixed {
                 plan.leave_to_host(&request.id, slot);
+                volumes.retain(|volume| volume.slot != slot);
             }
         }
         let subject = hooks::Subject {
@@ -71,13 +79,18 @@ impl Host {
             bundle: request.bundle,
             annotations: plan.guest_spec.annotations().clone().unwrap_or_default(),
         };
-        let prepared = Prepared { plan, subject, io: request.io };
+        let prepared = Prepared { plan, subject, io: request.io, volumes };
         lock(&self.prepared).insert(request.id, prepared);
         Ok(role)
     }
 
-    /// Answers the numbers of the bind mounts of which the host alone can say what is read-only.
-    async fn share_files(&self, request: &CreateRequest, plan: &ContainerPlan) -> Result<Vec<usize>, Fault> {
+    /// Answers the numbers of the bind mounts of which the host alone can say what is read-only, and those that it
+    /// exchanges as a whole.
+    async fn share_files(
+        &self,
+        request: &CreateRequest,
+        plan: &ContainerPlan,
+    ) -> Result<(Vec<usize>, Vec<Volume>), Fault> {
         let (id, rootfs) = (request.id.clone(), request.rootfs.clone());
         // With mounts the root is where containerd will unmount it; without, it is what the spec names.
         let root = request.bundle.join(if rootfs.is_empty() { &plan.root_path } else { Path::new("rootfs") });
@@ -104,7 +117,7 @@ impl Host {
                     mixed.push(bind.slot);
                 }
             }
-            Ok(mixed)
+            Ok((mixed, binds.iter().filter_map(Volume::of).collect()))
         });
         work.await.unwrap_or_else(|e| Err(Fault::internal("prepare the container's files", &e)))
     }
@@ -121,7 +134,7 @@ impl Host {
     /// Makes the container in the guest and its stand-in on the host; answers the pid of the latter.
     pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<i32, Fault> {
         let agent = self.agent()?;
-        let (hooks, subject, io, console, limits, spec, network, disks) = {
+        let (hooks, subject, io, console, limits, spec, network, disks, volumes) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
@@ -137,6 +150,7 @@ impl Host {
                 spec,
                 p.plan.network.clone(),
                 p.plan.disks.clone(),
+                p.volumes.clone(),
             )
         };
         let disks =
@@ -167,11 +181,14 @@ impl Host {
         self.make_room(id, limits).await?;
         let key = ProcessKey::init(id);
         let tokens = self.open_streams(&key, &io).await?;
-        let created = fail_point!(CreateStreams, agent.create(id, spec, &io, tokens, console, disks).await);
+        let volumes = self.follow(id, volumes, &agent);
+        let files = Files { disks, followed: volumes.iter().map(|volume| followed(id, volume)).collect() };
+        let created = fail_point!(CreateStreams, agent.create(id, spec, &io, tokens, console, files).await);
         if created.is_err() {
             self.hub.forget(&key);
         }
         created?;
+        catch_up(id, &volumes, &agent).await;
         fail_point!(CreateGuest);
         arrived(&mut arrival).await?;
         Ok(pid)
@@ -335,6 +352,9 @@ impl Host {
             && let Err(fault) = fail_point!(ReleaseGuest, agent.delete(id).await)
         {
             warn!(%id, "the guest did not delete the container: {fault}");
+        }
+        if let Some(follower) = lock(&self.follower).as_ref() {
+            follower.remove(id);
         }
         self.hub.forget(&ProcessKey::init(id));
         self.hub.end_loggers(id).await;
