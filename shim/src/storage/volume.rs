@@ -42,8 +42,23 @@ impl Volume {
         }
         let version = version(&bind.source)?;
         let mut left = (MOST_BYTES, MOST_ENTRIES);
-        fits(&bind.source, &mut left).then(|| Self { source: bind.source.clone(), slot: bind.slot, version })
+        (is_all_exchanged(&bind.source) && fits(&bind.source, &mut left)).then(|| Self {
+            source: bind.source.clone(),
+            slot: bind.slot,
+            version,
+        })
     }
+}
+
+/// Whether there is nothing but what an exchange makes: versions, and links to what is in the present one.
+fn is_all_exchanged(source: &Path) -> bool {
+    let Ok(mut entries) = fs::read_dir(source) else { return false };
+    entries.all(|entry| {
+        entry.is_ok_and(|entry| {
+            entry.file_name().as_encoded_bytes().starts_with(b"..")
+                || fs::read_link(entry.path()).is_ok_and(|to| to.starts_with(VOLUME_LINK))
+        })
+    })
 }
 
 /// The present version of the volume: the name of the folder that its link names.
@@ -181,6 +196,11 @@ mod tests {
         assert_eq!((volume.slot, volume.version.as_str()), (3, "..1"));
         assert_eq!(Volume::of(&bind(tmp.path(), ReadOnly::No)), None);
         assert_eq!(Volume::of(&bind(&tmp.path().join("..1/page"), ReadOnly::Itself)), None, "a file");
+        symlink("..data/page", tmp.path().join("page")).unwrap();
+        assert!(Volume::of(&read_only).is_some());
+        fs::write(tmp.path().join("other"), "beside it").unwrap();
+        assert_eq!(Volume::of(&read_only), None, "something else");
+        fs::remove_file(tmp.path().join("other")).unwrap();
         fs::write(tmp.path().join("..1/large"), vec![0; MOST_BYTES as usize]).unwrap();
         assert_eq!(Volume::of(&read_only), None, "too large");
         fs::remove_file(tmp.path().join(VOLUME_LINK)).unwrap();
