@@ -73,7 +73,8 @@ impl Drop for Copies {
 /// Has `copy` become what `source` is with the version named so.
 ///
 /// # Errors
-/// It is no name of a version, or a file cannot be read or written; what was there is there still.
+/// It is no name of a version, or a file cannot be read or written. Until the link is renamed what was there is there
+/// still; after that the new version is, perhaps with links of files that came or went not put right until the next.
 pub(crate) fn exchange(source: &Path, copy: &Path, version: &str) -> io::Result<()> {
     let mut parts = Path::new(version).components();
     if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
