@@ -106,7 +106,10 @@ fn devices(t: &mut Context) -> Result<()> {
     Ok(())
 }
 
-/// The machine has the documented size, of which the host has given what was touched.
+/// The machine has the documented size, of which the host has given what was touched. A page that the guest freed
+/// stays the host's loss until the guest has reported it free (two seconds, `PAGE_REPORTING_DELAY` in the kernel's
+/// `mm/page_reporting.c`), and is taken again without a new one: a new machine's 300 MiB may come partly from those,
+/// so that what is used afterwards is bounded, and not how much more it is.
 fn without_one(t: &mut Context) -> Result<()> {
     let mount = ["--mount", "type=tmpfs,src=tmpfs,dst=/filled,options=size=400m"];
     t.start_sleeper(&mount, "c")?;
@@ -124,6 +127,6 @@ fn without_one(t: &mut Context) -> Result<()> {
     ensure!(before < size / 2, "{before} of {size} MiB are used by a machine that has done nothing");
     t.exec("c", "f", &["dd", "if=/dev/zero", "of=/filled/file", "bs=1M", "count=300"]).output()?.ok()?;
     let (_, after) = memory(t)?;
-    ensure!((290..=380).contains(&after.saturating_sub(before)), "300 MiB more were {before} -> {after} MiB");
+    ensure!((300..=before + 380).contains(&after), "300 MiB more were {before} -> {after} MiB");
     t.remove("c")
 }
