@@ -323,3 +323,34 @@ fn stdio(io: &Io, tokens: Tokens, size: Option<(u32, u32)>) -> agent::Stdio {
         ..Default::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::*;
+
+    /// What the shim says to a guest whose agent speaks `protocol`.
+    async fn greeted(protocol: u32) -> Result<Hello, GuestError> {
+        let folder = tempfile::tempdir().unwrap();
+        let vsock = folder.path().join("vsock");
+        let listener = listen(&vsock, 1).unwrap();
+        let hello = Hello { protocol, agent: "9.8.7".into(), kernel: "6.12".into(), uptime_nanos: 1 };
+        let mut guest = UnixStream::connect(folder.path().join("vsock_1")).await.unwrap();
+        guest.write_all(&bulkhead_proto::stream::encode_hello(&hello)).await.unwrap();
+        Agent::accept(&listener, Duration::from_secs(10)).await.map(|(_, hello)| hello)
+    }
+
+    #[tokio::test]
+    async fn an_agent_of_another_protocol_is_refused() {
+        assert_eq!(greeted(PROTOCOL_VERSION).await.unwrap().agent, "9.8.7");
+        for other in [PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1] {
+            let error = greeted(other).await.unwrap_err().to_string();
+            for words in
+                ["agent 9.8.7", &format!("protocol {other}"), "rebuild the image", "hypervisor.image"]
+            {
+                assert!(error.contains(words), "{error}");
+            }
+        }
+    }
+}

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use harness::{BY_PATH, BY_PATH_AND_API, Context, Pod, Run, Test};
+use harness::{
+    BY_PATH, BY_PATH_AND_API, Context, OPTIONS_MEMORY_MIB, Pod, Run, Test, WITH_OPTIONS, WITH_OPTIONS_AND_API,
+};
 use serde_json::{Value, json};
 
 use crate::SLEEPER;
@@ -22,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
         .unless(|s| (s.handler != "bulkhead-podsandbox").then_some(ITS_OWN)),
     Test::bulkhead("pod::n4_by_the_sandbox_api_only_the_type_does", OWN_HANDLER, by_path_and_api)
         .unless(|s| (s.handler != "bulkhead").then_some(ITS_OWN)),
+    Test::bulkhead("pod::each_place_of_a_value_overrides_the_one_before", OWN_HANDLER, places_of_a_value),
 ];
 
 pub(crate) fn inspect(t: &Context<'_>, verb: &str, id: &str) -> Result<Value> {
@@ -170,14 +173,14 @@ fn name_taken(t: &mut Context<'_>) -> Result<()> {
 const OWN_HANDLER: &str = "the program is bulkhead's";
 const ITS_OWN: &str = "it has a handler of its own, which is tried beside the one of its kind";
 
-/// `crictl runp` with a handler of its own, not yet started.
-fn runp_with(t: &Context<'_>, handler: &str) -> Result<(Run, PathBuf)> {
-    let path = t.write("p.json", t.pod_config("p", |_| {})?.to_string())?;
+/// `crictl runp` with a handler of its own, not yet started; `change` alters the pod's configuration.
+fn runp_with(t: &Context<'_>, handler: &str, change: impl FnOnce(&mut Value)) -> Result<(Run, PathBuf)> {
+    let path = t.write("p.json", t.pod_config("p", change)?.to_string())?;
     Ok((t.crictl()?.args(["runp", "--runtime", handler]).arg(&path), path))
 }
 
 fn by_path(t: &mut Context<'_>) -> Result<()> {
-    let (run, config) = runp_with(t, BY_PATH)?;
+    let (run, config) = runp_with(t, BY_PATH, |_| {})?;
     let pod = Pod::made(run.output()?.ok()?.out(), config);
     let a = t.run_in(&pod, "a", SLEEPER)?;
     ensure!(t.exec_in(&a, "echo $((6 * 7))")? == "42");
@@ -185,7 +188,40 @@ fn by_path(t: &mut Context<'_>) -> Result<()> {
 }
 
 fn by_path_and_api(t: &mut Context<'_>) -> Result<()> {
-    let output = runp_with(t, BY_PATH_AND_API)?.0.output()?.expect_failure()?;
+    let output = runp_with(t, BY_PATH_AND_API, |_| {})?.0.output()?.expect_failure()?;
     output.expect_stderr(&["io.containerd.elsewhere.v2", "containerd-shim-elsewhere-v2"])?;
+    Ok(())
+}
+
+/// The file, containerd's options of the handler, the pod's annotation.
+fn places_of_a_value(t: &mut Context<'_>) -> Result<()> {
+    let (of_the_file, of_the_pod, reserve) = (300, 500, 100);
+    t.set_config("sandbox", "memory_mib", of_the_file.into())?;
+    t.set_config("sandbox", "memory_reserve_mib", reserve.into())?;
+    t.set_config("annotations", "allowed", vec!["sandbox.memory_mib"].into())?;
+    let usual = t.settings().handler.clone();
+    let options = if usual == "bulkhead" && !t.settings().is_containerd_1() {
+        WITH_OPTIONS_AND_API
+    } else {
+        WITH_OPTIONS
+    };
+    let annotated = json!({ "io.bulkhead.sandbox.memory_mib": of_the_pod.to_string() });
+    let places = [
+        (usual.as_str(), Value::Null, of_the_file),
+        (options, Value::Null, OPTIONS_MEMORY_MIB as i64),
+        (options, annotated, of_the_pod),
+    ];
+    for (handler, annotations, wanted) in places {
+        let (run, config) = runp_with(t, handler, |p| p["annotations"] = annotations.clone())?;
+        let pod = Pod::made(run.output()?.ok()?.out(), config);
+        let pods: Value =
+            serde_json::from_str(&t.bulkhead(&["ps", "--output", "json"])?.output()?.ok()?.out())?;
+        let size = &pods[0]["memory_mib"];
+        ensure!(
+            *size == wanted + reserve,
+            "{handler} with {annotations}: {size} MiB, wanted {wanted} + {reserve}"
+        );
+        t.remove_pod(&pod)?;
+    }
     Ok(())
 }

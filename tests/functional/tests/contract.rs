@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("contract::n2_an_absolute_path_is_a_runtime", n2_an_absolute_path_is_a_runtime),
     Test::common("contract::n2_a_relative_path_is_refused", n2_a_relative_path_is_refused),
     Test::common("contract::n3_a_name_is_looked_for_on_the_path", n3_a_name_is_looked_for_on_the_path),
+    Test::common("contract::n3_and_beside_containerd", n3_and_beside_containerd),
     Test::bulkhead("contract::n5_labels_are_refused", "runc labels on the host", n5_labels_are_refused),
     Test::common("contract::s5_a_version_of_tomorrow_is_refused", s5_a_version_of_tomorrow_is_refused),
     Test::bulkhead(
@@ -64,6 +65,19 @@ fn n3_a_name_is_looked_for_on_the_path(t: &mut Context) -> Result<()> {
     let output = run_with(t, runtime)?.expect_failure()?;
     output.expect_stderr(&[&path.display().to_string()])?;
     Ok(())
+}
+
+/// containerd finds what lies in the folder of its own program, too.
+fn n3_and_beside_containerd(t: &mut Context) -> Result<()> {
+    let runtime = "io.containerd.neighbour.v2";
+    run_with(t, runtime)?.expect_failure()?.expect_stderr(&["containerd-shim-neighbour-v2"])?;
+    let dir = t.dir().join("beside");
+    std::fs::create_dir(&dir)?;
+    symlink(program(t)?, dir.join("containerd-shim-neighbour-v2"))?;
+    t.node().restart_from(Some(&dir))?;
+    let found = runs_with(t, runtime);
+    t.node().restart_from(None)?;
+    found
 }
 
 fn n5_labels_are_refused(t: &mut Context) -> Result<()> {

@@ -18,6 +18,12 @@ const PAUSE: &str = "localhost/bulkhead/pause:latest";
 pub const BY_PATH: &str = "by-path";
 /// The same by the sandbox API; not with containerd 1.
 pub const BY_PATH_AND_API: &str = "by-path-and-api";
+/// A handler of the first kind with options of its own: each machine has [`OPTIONS_MEMORY_MIB`] for its containers.
+pub const WITH_OPTIONS: &str = "with-options";
+/// The same by the sandbox API; not with containerd 1.
+pub const WITH_OPTIONS_AND_API: &str = "with-options-and-api";
+/// What the options say, in MiB.
+pub const OPTIONS_MEMORY_MIB: u64 = 400;
 /// The node's bridge, in its own network namespace. Made before the first pod, and gone with the namespace.
 const BRIDGE: &str = "cni0";
 
@@ -82,6 +88,20 @@ impl Node {
                     text += &format!("  sandboxer = \"{sandboxer}\"\n");
                 }
             }
+        }
+        for (name, sandboxer) in [(WITH_OPTIONS, "podsandbox"), (WITH_OPTIONS_AND_API, "shim")] {
+            if old && sandboxer == "shim" {
+                continue;
+            }
+            let handler = format!("[plugins.\"{section}\".containerd.runtimes.{name}");
+            text += &format!(
+                "{handler}]\n  runtime_type = \"io.containerd.bulkhead.v2\"\n  \
+                 pod_annotations = [\"io.bulkhead.*\"]\n"
+            );
+            if !old {
+                text += &format!("  sandboxer = \"{sandboxer}\"\n");
+            }
+            text += &format!("{handler}.options.sandbox]\n  memory_mib = {OPTIONS_MEMORY_MIB}\n");
         }
         Ok(text)
     }

@@ -28,7 +28,7 @@ mod watch;
 pub use cluster::NODES;
 pub use command::{Exit, Output, Proc, Run, signal_process, wait_for_exit};
 pub use context::Context;
-pub use cri::{BY_PATH, BY_PATH_AND_API, Pod};
+pub use cri::{BY_PATH, BY_PATH_AND_API, OPTIONS_MEMORY_MIB, Pod, WITH_OPTIONS, WITH_OPTIONS_AND_API};
 pub use events::{Event, Events};
 pub use figures::Figures;
 pub use image::IMAGE;

@@ -30,6 +30,7 @@ pub struct Node {
     mark: String,
     cri: bool,
     nerdctl: bool,
+    program: PathBuf,
     daemon: Option<Daemon>,
 }
 
@@ -77,7 +78,8 @@ impl Node {
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         fs::create_dir_all(dir.join("bin"))
             .with_context(|| format!("create a folder in {}", dir.display()))?;
-        let node = Self { settings, dir, mark, cri: false, nerdctl: false, daemon: None };
+        let program = settings.containerd_dir.join("containerd");
+        let node = Self { settings, dir, mark, cri: false, nerdctl: false, program, daemon: None };
         node.reset_bulkhead_config()?;
         Ok(node)
     }
@@ -159,6 +161,21 @@ impl Node {
         self.launch()
     }
 
+    /// The same with a copy of its program in the folder `dir`, or with the usual one.
+    pub fn restart_from(&mut self, dir: Option<&Path>) -> Result<()> {
+        self.end(Signal::TERM)?;
+        let usual = self.settings.containerd_dir.join("containerd");
+        self.program = match dir {
+            Some(dir) => {
+                let copy = dir.join("containerd");
+                fs::copy(&usual, &copy).with_context(|| format!("copy {}", usual.display()))?;
+                copy
+            }
+            None => usual,
+        };
+        self.launch()
+    }
+
     /// Kills containerd with SIGKILL.
     pub fn kill(&mut self) -> Result<()> {
         self.end(Signal::KILL)
@@ -171,7 +188,7 @@ impl Node {
         // setpriv: should this process be killed, containerd is told to end.
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "TERM", "--"])
-            .arg(self.settings.containerd_dir.join("containerd"))
+            .arg(&self.program)
             .arg("--config")
             .arg(self.dir.join("containerd.toml"))
             .env("PATH", format!("{}:{}", self.bin().display(), self.settings.path))
