@@ -1,4 +1,5 @@
-//! The cgroup v2 hierarchy of the guest: one cgroup for each container, below /bulkhead.
+//! The cgroup v2 hierarchy of the guest: one cgroup for each container, below /bulkhead, and below /debug one for each
+//! program that looks at the guest itself.
 //! Knows the kernel's files; must not know what a container is.
 
 use std::{
@@ -17,6 +18,14 @@ pub(crate) const ROOT: &str = "/sys/fs/cgroup";
 
 /// Parent of the containers' cgroups.
 pub(crate) const PODS: &str = "/sys/fs/cgroup/bulkhead";
+
+/// Parent of the cgroups of programs that look at the guest itself.
+const DEBUG: &str = "/sys/fs/cgroup/debug";
+
+/// Directory of the cgroup of such a program.
+pub(crate) fn debug_path(exec: &str) -> PathBuf {
+    Path::new(DEBUG).join(exec)
+}
 
 /// Directory of a container's cgroup.
 pub(crate) fn path(id: &str) -> PathBuf {

@@ -10,13 +10,14 @@
 //!                                                 ▼ nothing
 //! ```
 
+mod debug;
 mod ends;
 
 use std::{
     collections::HashMap,
     fs,
     os::fd::AsFd,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -72,11 +73,14 @@ struct State {
     ipc_sysctls: Vec<(String, String)>,
     network: net::Applied,
     containers: HashMap<String, Container>,
+    debug: debug::Programs,
     reaper: Reaper,
 }
 
 struct Container {
     status: Status,
+    /// Path of its root file system in the guest.
+    root: PathBuf,
     last_mile: LastMile,
     /// Set if it is in the pod's user namespace.
     users: Option<Users>,
@@ -154,6 +158,7 @@ impl Sandbox {
         }
         state.ipc_sysctls = configure::ipc_sysctls(request);
         state.users = users;
+        state.debug.allow(request.debug_exec);
         state.configured = true;
         Ok(response)
     }
@@ -206,6 +211,7 @@ impl Sandbox {
                 id.clone(),
                 Container {
                     status: Status::Busy("being created"),
+                    root: create.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default(),
                     last_mile: create.last_mile.clone(),
                     users: create.users.clone(),
                     disks,
@@ -343,7 +349,9 @@ impl Sandbox {
         };
         let outcomes = {
             let mut state = self.state();
-            if let Ok(container) = state.container(&key.0) {
+            if debug::is_key(key) {
+                state.debug.launched(&key.1, Process { pid, terminal });
+            } else if let Ok(container) = state.container(&key.0) {
                 if key.1.is_empty() {
                     container.status = Status::Created;
                 }
@@ -364,6 +372,9 @@ impl Sandbox {
         let (id, signal) = (&request.container_id, request.signal);
         if signal > libc::SIGRTMAX() as u32 {
             return Err(Error::Invalid(format!("{signal} is no signal")));
+        }
+        if id.is_empty() {
+            return self.signal_debug(request);
         }
         let mut state = self.state();
         let container = state.container(id)?;
@@ -393,7 +404,10 @@ impl Sandbox {
     pub(crate) fn resize(&self, request: &ResizePtyRequest) -> Result<()> {
         let (id, exec) = (&request.container_id, &request.exec_id);
         let mut state = self.state();
-        let process = state.container(id)?.process(id, exec)?;
+        let process = match id.as_str() {
+            "" => state.debug.process(exec)?,
+            id => state.container(id)?.process(id, exec)?,
+        };
         let Some((terminal, _)) = &process.terminal else {
             return Err(Error::State(format!("container {id}: the process has no terminal")));
         };
@@ -510,6 +524,8 @@ impl Sandbox {
         let cgroup = cgroup::path(id);
         cgroup::kill(&cgroup).doing(|| format!("kill what is left of container {id}"))?;
         cgroup::emptied(&cgroup, DEADLINE).await.doing(|| format!("wait for the end of container {id}"))?;
+        // Their mounts are of its root.
+        self.end_debug_of(id).await?;
         timeout(DEADLINE, self.init_told(id)).await.doing(|| format!("reap the init of container {id}"))?;
         Ok(self.launcher.delete(id).await?)
     }

@@ -15,9 +15,10 @@ use bulkhead_proto::{
     CONTROL_PORT, PROTOCOL_VERSION,
     agent::{
         Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-        CreateContainerResponse, Empty, Event, EventsRequest, ExecRequest, ExecResponse, FollowVolumeRequest,
-        ForwardRequest, Network, PidsResponse, ResizePtyRequest, ResizeRequest, ResizeResponse,
-        ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, UpdateResponse, create_agent,
+        CreateContainerResponse, DebugExecRequest, Empty, Event, EventsRequest, ExecRequest, ExecResponse,
+        FollowVolumeRequest, ForwardRequest, Network, PidsResponse, ResizePtyRequest, ResizeRequest,
+        ResizeResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, UpdateResponse,
+        create_agent,
     },
     stream::{Hello, encode_hello},
 };
@@ -168,6 +169,11 @@ impl Agent for Service {
 
     async fn exec(&self, _: &TtrpcContext, request: ExecRequest) -> Result<ExecResponse> {
         let pid = self.sandbox.exec(&request).await?;
+        Ok(ExecResponse { pid, ..Default::default() })
+    }
+
+    async fn debug_exec(&self, _: &TtrpcContext, request: DebugExecRequest) -> Result<ExecResponse> {
+        let pid = self.sandbox.debug_exec(&request).await?;
         Ok(ExecResponse { pid, ..Default::default() })
     }
 

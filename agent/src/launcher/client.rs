@@ -22,7 +22,7 @@ use tokio::{
     sync::OnceCell,
 };
 
-use super::{Create, Exec, LaunchError, Launched, Launcher, Reply, Request, wire, zygote};
+use super::{Create, Debug, Exec, LaunchError, Launched, Launcher, Reply, Request, wire, zygote};
 use crate::users::Users;
 
 /// The launcher process, seen from the agent.
@@ -133,6 +133,10 @@ impl Launcher for Zygote {
 
     async fn exec(&self, exec: Exec, stdio: Option<[OwnedFd; 3]>) -> Result<Launched, LaunchError> {
         self.launch(Request::Exec(Box::new(exec)), stdio).await
+    }
+
+    async fn debug(&self, debug: Debug, stdio: Option<[OwnedFd; 3]>) -> Result<Launched, LaunchError> {
+        self.launch(Request::Debug(Box::new(debug)), stdio).await
     }
 
     async fn make_pod(&self, users: Users, sysctls: Vec<(String, String)>) -> Result<(), LaunchError> {

@@ -37,7 +37,7 @@ use nix::{
 use oci_spec::runtime::User;
 
 use super::{
-    Exec,
+    Exec, LastMile,
     last_mile::{LastMileExecutor, why},
     mapped, schedule, wire,
 };
@@ -60,9 +60,6 @@ pub(super) fn run(exec: Exec, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedF
     let ended = |e: io::Error| format!("enter the container by its process {}: {}", exec.init, why(&e));
     let init = crate::sys::pidfd(exec.init).map_err(ended)?;
     let foreign = foreign_namespaces(exec.init).map_err(ended)?;
-    let (mut report, report_to) = io::pipe().map_err(io)?;
-    let (console, console_to) = UnixStream::pair().map_err(io)?;
-
     if let Some(users) = &exec.users {
         mapped::give_streams(&stdio, users)?;
     }
@@ -72,18 +69,33 @@ pub(super) fn run(exec: Exec, stdio: Vec<OwnedFd>) -> Result<(i32, Option<OwnedF
     if foreign.contains(CloneFlags::CLONE_NEWPID) {
         setns(&init, CloneFlags::CLONE_NEWPID).map_err(|e| ended(e.into()))?;
     }
+    let rest = foreign - CloneFlags::CLONE_NEWPID;
+    spawn(&exec.last_mile, stdio, |last_mile, stdio, console| {
+        become_process(&exec, last_mile, &init, rest, stdio, console)
+    })
+}
+
+/// Forks a process that does `become_it` and reports what went wrong until it is its program. Answers its pid and the
+/// controlling end of its terminal, which it sends by the socket.
+pub(super) fn spawn(
+    last_mile: &LastMile,
+    stdio: Vec<OwnedFd>,
+    become_it: impl FnOnce(&LastMileExecutor, Vec<OwnedFd>, UnixStream) -> Result<Infallible, String>,
+) -> Result<(i32, Option<OwnedFd>), String> {
+    let io = |e: io::Error| format!("launcher: {}", why(&e));
+    let (mut report, report_to) = io::pipe().map_err(io)?;
+    let (console, console_to) = UnixStream::pair().map_err(io)?;
     match crate::sys::fork_single_threaded().map_err(io)? {
         ForkResult::Child => {
             drop((report, console));
-            let last_mile = LastMileExecutor::new(exec.last_mile.clone(), report_to.as_raw_fd());
-            let rest = foreign - CloneFlags::CLONE_NEWPID;
-            let Err(reason) = become_process(&exec, &last_mile, &init, rest, stdio, console_to);
+            let last_mile = LastMileExecutor::new(last_mile.clone(), report_to.as_raw_fd());
+            let Err(reason) = become_it(&last_mile, stdio, console_to);
             crate::sys::write_raw(report_to.as_raw_fd(), reason.as_bytes());
             std::process::exit(1)
         }
         ForkResult::Parent { child } => {
             drop((report_to, console_to, stdio));
-            let terminal = match exec.last_mile.terminal {
+            let terminal = match last_mile.terminal {
                 // None where the process failed before it had one; its report says why.
                 Some(_) => {
                     wire::recv_fds(console.as_fd()).map_err(io)?.and_then(|fds| fds.into_iter().next())
@@ -168,10 +180,7 @@ fn become_process(
         podns::become_root().map_err(doing("become the container's root"))?;
     }
     setsid().map_err(doing("begin a session"))?;
-    match last_mile.todo.terminal {
-        Some(_) => open_terminal(&console)?,
-        None => take_streams(stdio).map_err(doing("take the streams"))?,
-    }
+    take_stdio(last_mile, stdio, &console)?;
     for rlimit in process.rlimits().iter().flatten() {
         syscall.set_rlimit(rlimit).map_err(by_library("set a resource limit"))?;
     }
@@ -199,6 +208,18 @@ fn become_user(user: &User) -> nix::Result<()> {
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
     prctl::set_keepcaps(false)
+}
+
+/// Gives this process, which leads a session, its streams or a terminal.
+pub(super) fn take_stdio(
+    last_mile: &LastMileExecutor,
+    stdio: Vec<OwnedFd>,
+    console: &UnixStream,
+) -> Result<(), String> {
+    match last_mile.todo.terminal {
+        Some(_) => open_terminal(console),
+        None => take_streams(stdio).map_err(|e| format!("take the streams: {}", why(&e.into()))),
+    }
 }
 
 fn take_streams(stdio: Vec<OwnedFd>) -> nix::Result<()> {

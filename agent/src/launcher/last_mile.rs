@@ -80,19 +80,35 @@ impl LastMileExecutor {
         if todo.linux32 {
             crate::sys::see_32_bits().map_err(|e| format!("linux.personality: {}", why(&e)))?;
         }
-        if let Some(Size { width, height }) = todo.terminal
-            && (width, height) != (0, 0)
-        {
-            crate::sys::set_winsize(io::stdin().as_fd(), width, height)
-                .map_err(|e| format!("set the size of the terminal to {width}x{height}: {}", why(&e)))?;
-        }
+        self.size_terminal()?;
         own_streams(todo.uid).map_err(|e| format!("give the streams to uid {}: {}", todo.uid, why(&e)))?;
         enter(&todo.cwd, todo.init)?;
         if !todo.no_new_privileges {
             self.filter()?;
         }
         drop_capabilities(todo.capabilities.as_ref())?;
-        let program = look_up(&todo.args, &todo.env)?;
+        self.find()
+    }
+
+    /// In place of [`LastMileExecutor::prepare`] for a program that keeps every power that this process has.
+    pub(super) fn prepare_unconfined(&self) -> Result<(), String> {
+        self.size_terminal()?;
+        enter(&self.todo.cwd, false)?;
+        self.find()
+    }
+
+    fn size_terminal(&self) -> Result<(), String> {
+        match self.todo.terminal {
+            Some(Size { width, height }) if (width, height) != (0, 0) => {
+                crate::sys::set_winsize(io::stdin().as_fd(), width, height)
+                    .map_err(|e| format!("set the size of the terminal to {width}x{height}: {}", why(&e)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn find(&self) -> Result<(), String> {
+        let program = look_up(&self.todo.args, &self.todo.env)?;
         self.program.set(program).map_err(|_| "prepared twice".to_owned())
     }
 

@@ -10,6 +10,7 @@
 //! ```
 
 mod client;
+mod debug;
 mod devices;
 mod join;
 mod last_mile;
@@ -19,7 +20,7 @@ mod wire;
 mod worker;
 mod zygote;
 
-use std::os::fd::OwnedFd;
+use std::{os::fd::OwnedFd, path::PathBuf};
 
 use async_trait::async_trait;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources, Process, Spec};
@@ -40,6 +41,8 @@ pub(crate) trait Launcher: Send + Sync {
     async fn start(&self, id: &str) -> Result<(), LaunchError>;
     /// Runs a further process in a started container.
     async fn exec(&self, exec: Exec, stdio: Option<[OwnedFd; 3]>) -> Result<Launched, LaunchError>;
+    /// Runs a program in the namespaces of the guest itself.
+    async fn debug(&self, debug: Debug, stdio: Option<[OwnedFd; 3]>) -> Result<Launched, LaunchError>;
     /// Makes the namespaces of a pod that has users of its own, with `sysctls` written there.
     async fn make_pod(&self, users: Users, sysctls: Vec<(String, String)>) -> Result<(), LaunchError>;
     /// Makes the namespace of processes that containers of the pod share; nothing where it is there.
@@ -74,6 +77,17 @@ pub(crate) struct Exec {
     pub(crate) users: Option<Users>,
 }
 
+/// A program to be run in the namespaces of the guest itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Debug {
+    /// Root file system in which the program and its files are.
+    pub(crate) root: PathBuf,
+    /// Its cgroup, which is there.
+    pub(crate) cgroup: PathBuf,
+    /// The program. It has all capabilities and no filter, whatever is said here.
+    pub(crate) last_mile: LastMile,
+}
+
 /// A process that was made.
 #[derive(Debug)]
 pub(crate) struct Launched {
@@ -102,6 +116,7 @@ enum Request {
     MakePod { users: Users, sysctls: Vec<(String, String)> },
     SharePids,
     Exec(Box<Exec>),
+    Debug(Box<Debug>),
     Update { id: String, resources: Box<LinuxResources> },
     Delete { id: String },
 }

@@ -25,7 +25,7 @@ use nix::{errno::Errno, fcntl::OFlag, unistd::pipe2};
 use oci_spec::runtime::{LinuxResources, Spec};
 
 use super::{
-    Create, LastMile, Reply, Request, join,
+    Create, LastMile, Reply, Request, debug, join,
     last_mile::{LastMileExecutor, why},
     mapped, wire,
 };
@@ -51,6 +51,7 @@ fn handle(request: Request, stdio: Vec<OwnedFd>) -> (Reply, Option<OwnedFd>) {
     let launched = match request {
         Request::Create(create) => create_container(*create, stdio),
         Request::Exec(exec) => join::run(*exec, stdio),
+        Request::Debug(debug) => debug::run(&debug, stdio),
         Request::Start { id } => return (done(start(&id)), None),
         Request::MakePod { users, sysctls } => return (done(make_pod(&users, &sysctls)), None),
         Request::SharePids => return (done(share_pids()), None),

@@ -37,6 +37,9 @@ impl Sandbox {
     }
 
     fn tell_exit(&self, id: &str, exec: &str, end: End) {
+        if id.is_empty() {
+            return self.tell_debug_exit(exec, end);
+        }
         // The kernel tells of an OOM kill by another way, which may be slower.
         self.tell_oom(id);
         if let Ok(container) = self.state().container(id) {
