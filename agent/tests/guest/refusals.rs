@@ -1,5 +1,6 @@
 //! Bad input gets a clear error, and nothing of it remains.
 
+use bulkhead_proto::agent::DebugExecRequest;
 use serde_json::{Value, json};
 
 use crate::host::{Host, context, request, spec};
@@ -143,4 +144,17 @@ async fn what_is_unknown_is_not_found() {
     host.delete("c").await.unwrap();
     assert_eq!(host.exit("c", "").await, 137);
     assert_eq!(host.run("c", &spec(&root, &["true"]), b"").await.0, 0);
+}
+
+#[tokio::test]
+#[ignore = "boots a machine"]
+async fn programs_in_the_guest_itself_need_the_hosts_leave() {
+    let host = Host::start().await;
+    let exec = DebugExecRequest { exec_id: "1".into(), args: vec!["sh".into()], ..Default::default() };
+    match host.vm.client.debug_exec(context(), &exec).await.unwrap_err() {
+        ttrpc::Error::RpcStatus(status) => {
+            assert_eq!(status.message, "the host has not allowed programs in the guest itself");
+        }
+        other => panic!("{other}"),
+    }
 }
