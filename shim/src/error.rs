@@ -114,6 +114,9 @@ impl From<Fault> for ttrpc::Error {
     }
 }
 
+/// What ttrpc's client says when its own clock was the first to say that a call took too long.
+const LATE: [&str; 3] = ["timeout", "timed out", "Request deadline elapsed"];
+
 /// The fault behind an error of a ttrpc call to the agent: its own status, or that it is gone.
 pub fn from_guest(error: ttrpc::Error) -> Fault {
     match error {
@@ -130,7 +133,7 @@ pub fn from_guest(error: ttrpc::Error) -> Fault {
             Fault::new(kind, status.message)
         }
         // `context deadline` of the client itself arrives as a plain text.
-        ttrpc::Error::Others(text) if text.contains("timeout") || text.contains("timed out") => {
+        ttrpc::Error::Others(text) if LATE.iter().any(|words| text.contains(words)) => {
             Fault::new(Kind::DeadlineExceeded, "the guest did not answer in time")
         }
         other => Fault::new(Kind::Unavailable, format!("the guest cannot be reached: {other}")),
@@ -150,6 +153,13 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("says inner")]
     struct Prints(#[source] Inner);
+
+    #[test]
+    fn a_call_that_took_too_long_is_told_as_that() {
+        let late = ttrpc::Error::Others("Request deadline elapsed".into());
+        assert_eq!(from_guest(late).kind, Kind::DeadlineExceeded);
+        assert_eq!(from_guest(ttrpc::Error::Eof).kind, Kind::Unavailable);
+    }
 
     #[test]
     fn a_cause_is_printed_once() {
