@@ -131,6 +131,8 @@ pub struct Network {
 pub struct Agent {
     /// How long one request to the agent may take.
     pub request_timeout_seconds: u64,
+    /// Whether `bulkhead exec` may run programs in the guest itself.
+    pub debug_exec: bool,
 }
 
 /// What a pod may change by annotation.
@@ -188,7 +190,7 @@ impl Default for Network {
 
 impl Default for Agent {
     fn default() -> Self {
-        Self { request_timeout_seconds: 60 }
+        Self { request_timeout_seconds: 60, debug_exec: false }
     }
 }
 

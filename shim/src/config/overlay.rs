@@ -133,6 +133,9 @@ fn typed(key: &Key, text: &str, place: &Place) -> Result<Value, ConfigError> {
         Kind::Integer(..) => {
             text.parse().map(Value::Integer).map_err(|_| key.wrong_type(&format!("{:?}", text), place))
         }
+        Kind::Switch => {
+            text.parse().map(Value::Boolean).map_err(|_| key.wrong_type(&format!("{:?}", text), place))
+        }
         _ => Ok(Value::String(text.to_owned())),
     }
 }

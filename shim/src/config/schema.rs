@@ -19,6 +19,8 @@ pub enum Kind {
     Path(usize),
     /// An absolute path, or a bare name to be looked up.
     Program,
+    /// true or false.
+    Switch,
     /// A whole number from the first to the second.
     Integer(u64, u64),
     /// A list of keys.
@@ -68,6 +70,7 @@ pub const KEYS: &[Key] = &[
     key("sandbox.max_memory_mib", Kind::Integer(0, 1 << 20)),
     key("network.spare_cards", Kind::Integer(0, 6)),
     key("agent.request_timeout_seconds", Kind::Integer(1, 3600)),
+    key("agent.debug_exec", Kind::Switch),
     host_key("annotations.allowed", Kind::Keys),
 ];
 
@@ -155,6 +158,7 @@ impl Key {
             Kind::Path(4095) => "an absolute path as a string".into(),
             Kind::Path(most) => format!("an absolute path of at most {most} bytes as a string"),
             Kind::Program => "an absolute path or the name of a program as a string".into(),
+            Kind::Switch => "true or false".into(),
             Kind::Integer(least, most) => format!("a whole number from {least} to {most}"),
             Kind::Keys => "a list of keys, such as [\"sandbox.memory_mib\"]".into(),
         }
@@ -169,6 +173,7 @@ impl Key {
             (Kind::Program, toml::Value::String(path)) => {
                 path.starts_with('/') || !path.is_empty() && !path.contains('/')
             }
+            (Kind::Switch, toml::Value::Boolean(_)) => true,
             (Kind::Integer(least, most), toml::Value::Integer(number)) => {
                 u64::try_from(*number).is_ok_and(|number| (least..=most).contains(&number))
             }

@@ -100,7 +100,7 @@ fn a_key_in_the_wrong_section_names_the_right_one() {
 fn a_key_like_no_other_lists_what_there_is() {
     assert_eq!(
         message("[agent]\ncolour = 1"),
-        "c.toml:2:1: unknown key `agent.colour`; `[agent]` has `request_timeout_seconds`"
+        "c.toml:2:1: unknown key `agent.colour`; `[agent]` has `request_timeout_seconds`, `debug_exec`"
     );
     assert_eq!(
         message("[zzzzzzzzzzzz]\na = 1"),
@@ -420,4 +420,21 @@ fn the_drop_ins_register_the_runtime_and_hand_our_annotations_on() {
         assert_eq!(runtime["runtime_type"].as_str(), Some("io.containerd.bulkhead.v2"));
         assert_eq!(runtime["pod_annotations"][0].as_str(), Some(format!("{ANNOTATION_PREFIX}*").as_str()));
     }
+}
+
+#[test]
+fn programs_in_the_guest_are_off_and_no_pod_can_switch_them_on_by_itself() {
+    assert!(!Config::default().agent.debug_exec);
+    assert!(Config::parse("agent.debug_exec = true", "c.toml").unwrap().agent.debug_exec);
+    assert_eq!(
+        message("agent.debug_exec = 1"),
+        "c.toml:1:20: `agent.debug_exec` must be true or false, not an integer"
+    );
+    let refused = annotated(&[], "io.bulkhead.agent.debug_exec", "true").unwrap_err().to_string();
+    assert!(refused.contains("the administrator does not allow it"), "{refused}");
+    let allowed = |value| annotated(&["agent.debug_exec"], "io.bulkhead.agent.debug_exec", value);
+    assert!(allowed("true").unwrap().agent.debug_exec);
+    assert!(!allowed("false").unwrap().agent.debug_exec);
+    let wrong = allowed("yes").unwrap_err().to_string();
+    assert!(wrong.ends_with("`agent.debug_exec` must be true or false, not \"yes\""), "{wrong}");
 }
