@@ -10,6 +10,7 @@ pub mod entry;
 pub mod error;
 pub mod events;
 pub mod guest;
+pub mod guest_exec;
 pub mod hooks;
 pub mod ids;
 pub mod kept;

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     path::PathBuf,
 };
 
@@ -53,6 +53,15 @@ pub fn end(pid: i32, started: u64) -> io::Result<()> {
             Err(e) => return Err(e.into()),
         }
     }
+}
+
+/// Columns and rows of a terminal (TIOCGWINSZ, ioctl_tty(2)); None for anything else.
+#[allow(unsafe_code)]
+pub fn window_size(tty: BorrowedFd<'_>) -> Option<(u16, u16)> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCGWINSZ writes one winsize, which outlives the call; the descriptor is borrowed, hence open.
+    let answer = unsafe { libc::ioctl(tty.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) };
+    (answer == 0).then_some((size.ws_col, size.ws_row))
 }
 
 /// Every mount point of this mount namespace, the newest last (proc(5), /proc/pid/mountinfo field 5).

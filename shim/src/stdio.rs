@@ -79,8 +79,8 @@ pub enum StdioError {
     Random(String),
 }
 
-type Sink = Box<dyn AsyncWrite + Send + Unpin>;
-type Source = Box<dyn AsyncRead + Send + Unpin>;
+pub(crate) type Sink = Box<dyn AsyncWrite + Send + Unpin>;
+pub(crate) type Source = Box<dyn AsyncRead + Send + Unpin>;
 
 enum End {
     /// To the guest. Of a fifo the writer keeps it open until CloseIO.
@@ -90,7 +90,7 @@ enum End {
 }
 
 struct Expected {
-    /// The process whose stream it is; a connection has none.
+    /// The process whose stream it is; a connection has none, nor has a program in the guest itself.
     key: Option<ProcessKey>,
     end: End,
     outputs: Arc<AtomicUsize>,
@@ -121,6 +121,13 @@ pub struct Tokens {
     pub stdout: Option<Token>,
     /// Standard error.
     pub stderr: Option<Token>,
+}
+
+impl Tokens {
+    /// Those that there are.
+    pub fn all(&self) -> Vec<Token> {
+        [self.stdin, self.stdout, self.stderr].into_iter().flatten().collect()
+    }
 }
 
 impl Hub {
@@ -217,6 +224,31 @@ impl Hub {
         let ends = [End::In(Box::new(reader)), End::Out(Box::new(writer), receiver)];
         for (token, end) in tokens.into_iter().zip(ends) {
             table.expected.insert(token, Expected { key: None, end, outputs: Arc::default() });
+        }
+        Ok(tokens)
+    }
+
+    /// Expects the guest's ends of streams whose ends on the host are open: input, output, errors.
+    pub(crate) fn open_streams(
+        &self,
+        stdin: Option<Source>,
+        outputs: [Option<Sink>; 2],
+    ) -> Result<Tokens, StdioError> {
+        let mut tokens = Tokens::default();
+        let mut table = self.table();
+        let expected = |end| Expected { key: None, end, outputs: Arc::default() };
+        if let Some(source) = stdin {
+            let token = draw()?;
+            table.expected.insert(token, expected(End::In(source)));
+            tokens.stdin = Some(token);
+        }
+        for (sink, place) in outputs.into_iter().zip([&mut tokens.stdout, &mut tokens.stderr]) {
+            let Some(sink) = sink else { continue };
+            let token = draw()?;
+            let (sender, receiver) = watch::channel(None);
+            table.totals.insert(token, sender);
+            table.expected.insert(token, expected(End::Out(sink, receiver)));
+            *place = Some(token);
         }
         Ok(tokens)
     }

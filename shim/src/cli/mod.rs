@@ -4,6 +4,7 @@
 mod check;
 mod collect;
 mod containerd;
+mod exec;
 mod generate;
 mod install;
 mod logs;
@@ -45,6 +46,8 @@ enum Command {
     Metrics(metrics::Arguments),
     /// Print the last lines of a pod's shim and of its guest's console
     Logs(logs::Arguments),
+    /// Run a program in the guest of a pod itself, where the configuration allows it
+    Exec(exec::Arguments),
     /// Put all that a report of a fault needs into one archive
     Collect(collect::Arguments),
     /// Put bulkhead into place on this node and register it with containerd
@@ -101,6 +104,7 @@ impl Cli {
             Command::Ps(report) => ps::run(report, self.config.as_deref(), out)?,
             Command::Metrics(arguments) => metrics::run(&arguments, self.config.as_deref(), out)?,
             Command::Logs(arguments) => logs::run(&arguments, self.config.as_deref(), out)?,
+            Command::Exec(arguments) => return Ok(exec::run(&arguments, self.config.as_deref())),
             Command::Collect(arguments) => collect::run(&arguments, self.config.as_deref(), out)?,
             Command::Install(arguments) => install::install(&arguments, self.config.as_deref(), out)?,
             Command::Uninstall(arguments) => install::uninstall(&arguments, self.config.as_deref(), out)?,

@@ -21,6 +21,7 @@ use tokio::{
 
 use crate::{
     error::{Fault, from_guest},
+    guest_exec::{Program, Size},
     ids::{ContainerId, ProcessKey},
     sandbox::model::Io,
     stdio::Tokens,
@@ -123,13 +124,14 @@ impl Agent {
     }
 
     /// Makes the guest a sandbox with this name, these sysctls, this network and, if it is to have one, this user
-    /// namespace.
+    /// namespace; and says whether [`Agent::debug_exec`] is allowed.
     pub async fn configure(
         &self,
         hostname: &str,
         sysctls: HashMap<String, String>,
         network: agent::Network,
         users: Option<agent::UserNamespace>,
+        debug_exec: bool,
     ) -> Result<agent::ConfigureResponse, Fault> {
         let mut seed = vec![0; 64];
         getrandom::fill(&mut seed)
@@ -143,6 +145,7 @@ impl Agent {
             sysctls,
             network: Some(network).into(),
             users: users.into(),
+            debug_exec,
             ..Default::default()
         };
         self.call(self.client.configure(self.context(), &request)).await
@@ -203,6 +206,36 @@ impl Agent {
             ..Default::default()
         };
         self.call(self.client.exec(self.context(), &request)).await.map(drop)
+    }
+
+    /// Starts a program in the guest itself, with the files of the container named `root`.
+    pub async fn debug_exec(&self, exec: &str, program: &Program, tokens: Tokens) -> Result<(), Fault> {
+        let io = Io { terminal: program.terminal.is_some(), ..Io::default() };
+        let size = program.terminal.map(|size| (size.width.into(), size.height.into()));
+        let request = agent::DebugExecRequest {
+            exec_id: exec.to_owned(),
+            root: program.root.clone(),
+            args: program.args.clone(),
+            env: program.env.clone(),
+            stdio: Some(stdio(&io, tokens, size)).into(),
+            ..Default::default()
+        };
+        self.call(self.client.debug_exec(self.context(), &request)).await.map(drop)
+    }
+
+    /// Kills a program in the guest itself, with all that it has started.
+    pub async fn kill_debug_exec(&self, exec: &str) -> Result<(), Fault> {
+        let (exec_id, signal) = (exec.to_owned(), libc::SIGKILL as u32);
+        let request = agent::SignalRequest { exec_id, signal, all: true, ..Default::default() };
+        self.call(self.client.signal(self.context(), &request)).await.map(drop)
+    }
+
+    /// Sets the size of the terminal of a program in the guest itself.
+    pub async fn resize_debug_exec(&self, exec: &str, size: Size) -> Result<(), Fault> {
+        let (width, height) = (size.width.into(), size.height.into());
+        let request =
+            agent::ResizePtyRequest { exec_id: exec.to_owned(), width, height, ..Default::default() };
+        self.call(self.client.resize_pty(self.context(), &request)).await.map(drop)
     }
 
     /// Signals a process, or all of its container.

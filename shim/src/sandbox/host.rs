@@ -28,6 +28,7 @@ use crate::{
     config::Config,
     error::{Fault, Kind, chain},
     guest::Agent,
+    guest_exec::{self, Exits},
     ids::{ContainerId, ProcessKey},
     kept::{CAPACITY, CONSOLE_LOG, Ring},
     ledger::{Entry, Ledger},
@@ -102,6 +103,8 @@ pub struct Host {
     follower: Mutex<Option<Arc<Follower>>>,
     counters: Arc<Counters>,
     scrapes: Scrapes,
+    /// Who waits for the end of a program in the guest itself.
+    guest_exits: Exits,
 }
 
 /// Records processes in the ledger and counts them to the sandbox.
@@ -201,6 +204,7 @@ impl Host {
             follower: Mutex::default(),
             counters,
             scrapes: Scrapes::default(),
+            guest_exits: Exits::default(),
         })
     }
 
@@ -231,6 +235,20 @@ impl Host {
                 tasks::spawn(http::serve(listener, Box::new(move || Box::pin(host.clone().page()))));
             }
             Err(fault) => warn!("metrics are not told at {}: {fault}", path.display()),
+        }
+    }
+
+    /// Lets root of this host run programs in the guest from now on. A pod without is a pod.
+    fn open_guest(&self, agent: &Agent) {
+        let path = self.dir.join(guest_exec::SOCKET);
+        let listener = record(&self.ledger, Entry::File { path: path.clone() })
+            .and_then(|()| http::listen(&path).map_err(|e| Fault::internal("listen", &e)));
+        match listener {
+            Ok(listener) => {
+                let (agent, hub, exits) = (agent.clone(), self.hub.clone(), self.guest_exits.clone());
+                tasks::spawn(guest_exec::door::serve(listener, agent, hub, exits));
+            }
+            Err(fault) => warn!("no program can be run in the guest by {}: {fault}", path.display()),
         }
     }
 

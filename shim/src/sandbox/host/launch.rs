@@ -28,6 +28,7 @@ use crate::{
     cgroup,
     error::{Fault, Kind},
     guest::{self, Agent, GuestEvents},
+    guest_exec::Exits,
     ids::{ContainerId, ProcessKey},
     plan::IdMaps,
     stdio::Hub,
@@ -168,7 +169,8 @@ impl Host {
         let first = network.clone().unwrap_or_default();
         fail_point!(Configure);
         let users = wanted.users.as_ref().map(IdMaps::message);
-        let configured = agent.configure(hostname, wanted.sysctls.clone(), first, users);
+        let debug_exec = config.agent.debug_exec;
+        let configured = agent.configure(hostname, wanted.sysctls.clone(), first, users, debug_exec);
         let began = Instant::now();
         let guest = configured.instrument(info_span!("configure")).await?;
         fail_point!(Configured);
@@ -177,10 +179,14 @@ impl Host {
             pod.was_told(network);
         }
         self.forward_ports(&agent).await;
+        if debug_exec {
+            self.open_guest(&agent);
+        }
         debug!(controllers = ?guest.controllers, "guest is configured");
         if let Some(ready) = lock(&self.ready).as_mut() {
             ready.agent = Some(agent);
-            tasks::spawn(listen(events, self.hub.clone(), self.inputs.clone(), ready.running.ended()));
+            let (hub, exits) = (self.hub.clone(), self.guest_exits.clone());
+            tasks::spawn(listen(events, hub, exits, self.inputs.clone(), ready.running.ended()));
         }
         Ok(())
     }
@@ -233,12 +239,16 @@ impl Host {
 async fn listen(
     mut events: GuestEvents,
     hub: Hub,
+    exits: Exits,
     inputs: mpsc::UnboundedSender<Input>,
     mut ended: tokio::sync::watch::Receiver<Option<MachineEnd>>,
 ) {
     while let Some(event) = events.next().await {
         let Some(kind) = event.kind else { continue };
         match kind {
+            GuestEvent::Exit(exit) if exit.container_id.is_empty() => {
+                exits.told(&exit.exec_id, (exit.status & 0xff) as u8);
+            }
             GuestEvent::Exit(exit) => {
                 let Ok(key) = ProcessKey::parse(&exit.container_id, &exit.exec_id) else { continue };
                 // Told with the host's clock: the guest's may be off, and is not trusted.
@@ -258,6 +268,7 @@ async fn listen(
             _ => {}
         }
     }
+    exits.guest_gone();
     // The agent is the guest's PID 1: without it there is no guest. Normally the machine's end follows.
     let gone = tokio::time::timeout(AGENT_GONE, ended.wait_for(Option::is_some)).await;
     if gone.is_err() {
