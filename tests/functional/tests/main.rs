@@ -7,6 +7,7 @@ mod badinput;
 mod contract;
 mod ends;
 mod events;
+mod exec;
 mod io;
 mod limits;
 mod network;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         badinput::TESTS,
         ends::TESTS,
         observe::TESTS,
+        exec::TESTS,
         contract::TESTS,
     ]
     .concat();
