@@ -14,11 +14,14 @@ mod removing;
 mod service;
 mod told;
 
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Uid;
 
 use self::changes::Changes;
@@ -68,6 +71,7 @@ pub(super) struct Uninstall {
 pub(super) fn install(arguments: &Install, config: Option<&Path>, out: &mut dyn Write) -> anyhow::Result<()> {
     ensure!(Uid::effective().is_root(), "only root can install on a node: use sudo");
     let place = &arguments.place;
+    let _alone = alone(&place.prefix)?;
     let bundle = putting::bundle(arguments.from.as_deref())?;
     let told = Told::find(place)?;
     let version = told.version()?;
@@ -100,6 +104,7 @@ pub(super) fn uninstall(
 ) -> anyhow::Result<()> {
     ensure!(Uid::effective().is_root(), "only root can uninstall from a node: use sudo");
     let place = &arguments.place;
+    let _alone = alone(&place.prefix)?;
     let Some(record) = Record::read(&place.prefix)? else {
         return Ok(writeln!(out, "nothing is installed in {}", place.prefix.display())?);
     };
@@ -123,9 +128,41 @@ pub(super) fn uninstall(
     print(out, &said)
 }
 
+/// Holds off whoever else installs or uninstalls here, until it is dropped or the process ends. What is locked is the
+/// directory above the installation, which is there before and after it.
+fn alone(prefix: &Path) -> anyhow::Result<Flock<File>> {
+    let above = std::path::absolute(prefix)?;
+    let above = above.ancestors().skip(1).find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
+    let dir = File::open(above).with_context(|| format!("cannot open {}", above.display()))?;
+    Flock::lock(dir, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        Errno::EAGAIN => anyhow::anyhow!(
+            "another `bulkhead install` or `bulkhead uninstall` is at work in {}; try again when it has ended",
+            prefix.display()
+        ),
+        other => anyhow::Error::new(other).context(format!("cannot lock {}", above.display())),
+    })
+}
+
 fn print(out: &mut dyn Write, said: &[[String; 2]]) -> anyhow::Result<()> {
     for [did, what] in said {
         writeln!(out, "{did:<10} {what}")?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_at_a_time_works_on_an_installation() {
+        let dir = tempfile::tempdir().unwrap();
+        let prefix = dir.path().join("opt/bulkhead");
+        let first = alone(&prefix).unwrap();
+        let error = alone(&prefix).unwrap_err().to_string();
+        assert!(error.ends_with("try again when it has ended"), "{error}");
+        drop(first);
+        std::fs::create_dir_all(&prefix).unwrap();
+        alone(&prefix).unwrap();
+    }
 }
