@@ -28,12 +28,18 @@ node_cgroup() { echo "bk-${k8s_sum:0:8}-$1"; }
 # holder NAME: whether the process runs that holds the namespaces of `control` or of a node; its pid is then in $pid.
 holder() { running "$k8s/$1/holder.pid"; }
 
+# is_bare NODE: whether it is one without bulkhead (`k8s-enter NODE bare`).
+is_bare() { [ -e "$k8s/$1/bare" ]; }
+
+# node_path NODE: the PATH there. What a node itself has of bulkhead is found behind ours.
+node_path() { if is_bare "$1"; then echo "$k8s/bin:$PATH"; else echo "$k8s/bulkhead:$k8s/bin:$PATH"; fi; }
+
 # in_node NODE COMMAND…: run a command in a node, which has a network and a table of mounts of its own.
 in_node() {
     local pid name=$1
     shift
     holder "$name" || die "$name does not run"
-    PATH=$k8s/bin:$PATH CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 nsenter --target "$pid" --net --mount -- "$@"
+    PATH=$(node_path "$name") CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 nsenter --target "$pid" --net --mount -- "$@"
 }
 
 # k8s_is_up: whether every part runs that `k8s` has started.
@@ -45,13 +51,14 @@ k8s_is_up() {
 
 # start_part WHERE NAME COMMAND…: start a daemon of `control` or of a node, with its log beside its pid.
 start_part() {
-    local where=$1 name=$2 pid started
+    local where=$1 name=$2 pid started config=(BULKHEAD_CONFIG="$k8s/bulkhead.toml")
     shift 2
     holder "$where" || die "$where does not run"
+    ! is_bare "$where" || config=(--unset BULKHEAD_CONFIG)
     : >"$k8s/$where/$name.log"
     # A session of its own, and nothing is kept open but the log: see start_containerd.
-    PATH=$k8s/bin:$PATH BULKHEAD_CONFIG=$k8s/bulkhead.toml CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 \
-        setsid nsenter --target "$pid" --net --mount -- "$@" </dev/null >>"$k8s/$where/$name.log" 2>&1 &
+    setsid env "${config[@]}" PATH="$(node_path "$where")" CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS=1 \
+        nsenter --target "$pid" --net --mount -- "$@" </dev/null >>"$k8s/$where/$name.log" 2>&1 &
     started=$!
     echo "$started $(start_time "$started")" >"$k8s/$where/$name.pid"
 }
