@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env k8s k8s-down build bundle image kernel parts test test-k8s test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
+.PHONY: help run up down env k8s k8s-down build bundle installer image kernel parts test test-k8s test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ build: ## the programs and the guest's root image
 
 bundle: ## what `bulkhead install` puts onto a node, in one folder; prints its path
 	@scripts/bundle
+
+installer: ## the image that brings bulkhead onto a cluster's nodes (docs/install.md), as an OCI archive; prints its path
+	@configs/kubernetes/image/build
 
 image: ## the guest's root image alone; prints its path
 	@scripts/build image

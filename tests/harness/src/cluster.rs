@@ -174,6 +174,11 @@ impl Context<'_> {
         Ok(self.node_ref().on(node, command).output()?.ok()?.out())
     }
 
+    /// Where the files of a node's daemons are.
+    pub fn node_files(&self, node: &str) -> PathBuf {
+        self.node_ref().cluster_dir().join(node)
+    }
+
     /// Applies docs/examples/`name`, its pods with the runtime under test, and takes it back at the test's end.
     pub fn example(&mut self, name: &str) -> Result<()> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/examples").join(name);
@@ -204,7 +209,12 @@ impl Context<'_> {
         delete.output()?.ok().context("delete what the test applied")?;
         // What a controller has made goes after its owner.
         self.kubectl_ok(&["wait", "--for=delete", "pods", "--all", "--timeout=120s"])?;
-        // The kubelet takes dead pods out of containerd's books once a minute; not to wait for it, here it is done now.
+        self.forget_dead_pods()?;
+        Ok(())
+    }
+
+    /// The kubelet takes dead pods out of containerd's books once a minute; not to wait for it, here it is done now.
+    pub fn forget_dead_pods(&self) -> Result<()> {
         for node in NODES {
             let dead = self.on_node(node, &["crictl", "pods", "--state", "NotReady", "-q"])?;
             for id in dead.lines() {

@@ -3,6 +3,7 @@
 //! `BULKHEAD_TEST_HANDLER=runc` proves the common tests.
 
 mod configuration;
+mod installer;
 mod life;
 mod network;
 mod policies;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         policies::TESTS,
         restarts::TESTS,
         refusals::TESTS,
+        installer::TESTS,
     ]
     .concat();
     harness::run_suite_with_cluster("k8s", &tests)
