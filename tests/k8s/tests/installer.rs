@@ -39,7 +39,6 @@ fn installer(t: &mut Context<'_>) -> Result<()> {
 
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/kubernetes/installer.yaml");
     t.apply("installer.yaml", &fs::read_to_string(manifest)?)?;
-    least(t)?;
     installed(t)?;
     t.apply("guest.yaml", POD)?;
     t.ready(&["guest"])?;
@@ -48,6 +47,8 @@ fn installer(t: &mut Context<'_>) -> Result<()> {
     let shim = t.process("containerd-shim-bulkhead-v2")?;
     let program = fs::read_link(format!("/proc/{}/exe", shim.pid))?;
     ensure!(program == Path::new("/opt/bulkhead/bin/containerd-shim-bulkhead-v2"), "{program:?}");
+    // Not earlier: an API server heeds a new policy a moment after it has taken it, and tells nobody when.
+    least(t)?;
 
     // The installer may go: what it did stays.
     t.kubectl_ok(&["-n", "bulkhead", "delete", "daemonset/installer", "--timeout=120s"])?;
