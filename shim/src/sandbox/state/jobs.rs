@@ -238,7 +238,10 @@ impl Sandbox {
                 self.out.push(Effect::KillMachine(format!("the guest did not take SIGKILL: {fault}")));
                 Ok(Reply::Empty)
             }
-            (Ask::Signal { key, .. }, Err(fault)) if fault.kind == Kind::NotFound => {
+            // With the machine went whoever was to be signalled, whatever became of the question.
+            (Ask::Signal { key, .. }, Err(fault))
+                if fault.kind == Kind::NotFound || matches!(self.machine, Machine::Ended(_)) =>
+            {
                 Err(already_finished(key))
             }
             (_, other) => other,

@@ -250,6 +250,18 @@ fn a_guest_that_does_not_take_sigkill_loses_its_machine() {
 }
 
 #[test]
+fn a_machine_that_ends_while_a_signal_is_under_way_took_the_process_with_it() {
+    for signal in [15, 9] {
+        let mut world = World::running("c");
+        let kill = world.ask(Request::Kill { key: ProcessKey::init(&id("c")), signal, all: false });
+        world.machine_lives = false;
+        world.feed(Input::MachineEnded(ended()));
+        world.finish(0, false);
+        assert_eq!(world.reply(kill).as_ref().map_err(|fault| fault.kind), Err(Kind::NotFound));
+    }
+}
+
+#[test]
 fn a_container_that_survives_sigkill_is_ended_with_its_machine() {
     let mut world = World::running("c");
     world.ask(Request::Kill { key: key("c", ""), signal: SIGKILL, all: false });
