@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use futures::future::{FutureExt, join_all, select_all};
 
 use crate::{
-    Exit, Growth, Machine, MachineEnd,
+    Drives, Exit, Growth, Machine, MachineEnd,
     child::{Child, LineSink},
     socket::Names,
 };
@@ -59,6 +59,7 @@ pub(crate) struct Family {
     pid: i32,
     console: Console,
     growth: Option<Growth>,
+    drives: Option<Arc<dyn Drives>>,
     asked: bool,
     end: Option<MachineEnd>,
     /// Below the parts: dropped when they are dead.
@@ -69,12 +70,18 @@ impl Family {
     pub(crate) fn new(vmm: Child, helpers: Vec<Child>, console: Console, sockets: Names) -> Self {
         let pid = vmm.pid();
         let parts = std::iter::once(vmm).chain(helpers).collect();
-        Self { parts, pid, console, growth: None, asked: false, end: None, sockets }
+        Self { parts, pid, console, growth: None, drives: None, asked: false, end: None, sockets }
     }
 
     /// The same with memory that can change.
     pub(crate) fn with_growth(mut self, growth: Option<Growth>) -> Self {
         self.growth = growth;
+        self
+    }
+
+    /// The same with disks that can come and go.
+    pub(crate) fn with_drives(mut self, drives: Option<Arc<dyn Drives>>) -> Self {
+        self.drives = drives;
         self
     }
 
@@ -105,6 +112,10 @@ impl Machine for Family {
 
     fn growth(&self) -> Option<Growth> {
         self.growth.clone()
+    }
+
+    fn drives(&self) -> Option<Arc<dyn Drives>> {
+        self.drives.clone()
     }
 
     async fn ended(&mut self) -> MachineEnd {

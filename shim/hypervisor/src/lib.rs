@@ -49,4 +49,6 @@ mod words;
 
 pub use child::Exit;
 pub use error::LaunchError;
-pub use machine::{Ask, Counts, Growth, Hypervisor, Journal, Machine, MachineEnd, Meter, Processors};
+pub use machine::{
+    Ask, Counts, Drive, Drives, Growth, Hypervisor, Journal, Machine, MachineEnd, Meter, Processors,
+};

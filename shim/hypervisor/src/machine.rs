@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, error::Error, fmt, io, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use bulkhead_vmm_spec::{Bindings, Shape};
+use bulkhead_vmm_spec::{Bindings, BlockBinding, BlockShape, Shape};
 
 use crate::{Exit, LaunchError, child::LineSink, qemu::Kept};
 
@@ -56,6 +56,32 @@ pub trait Processors: Send + Sync {
     async fn allow(&self, count: u32) -> Result<(), Box<dyn Error + Send + Sync>>;
 }
 
+/// Gives a running VMM disks, and takes them back. A machine has room for as many as its shape has spare slots.
+#[async_trait]
+pub trait Drives: Send + Sync {
+    /// Has the machine have what is at `binding` as a disk that looks as `shape` says, but for its serial number,
+    /// which is answered. The guest finds it when it looks anew at those of its device slots that are empty, or
+    /// that have a disk without size.
+    async fn attach(
+        &self,
+        binding: &BlockBinding,
+        shape: &BlockShape,
+    ) -> Result<Drive, Box<dyn Error + Send + Sync>>;
+
+    /// Takes a disk back, which then is in nobody's hands. The guest ought to have let go of it; one that has not
+    /// loses what it had not written.
+    async fn detach(&self, slot: u32) -> Result<(), Box<dyn Error + Send + Sync>>;
+}
+
+/// A disk that was given to a running machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drive {
+    /// By which it is taken back.
+    pub slot: u32,
+    /// By which the guest finds it.
+    pub serial: String,
+}
+
 /// A way to run machines.
 #[async_trait]
 pub trait Hypervisor: Send + Sync {
@@ -93,6 +119,11 @@ pub trait Machine: Send {
 
     /// How its memory can change, if its shape has left room for that.
     fn growth(&self) -> Option<Growth> {
+        None
+    }
+
+    /// By which it is given disks while it runs. None: it has no room for any.
+    fn drives(&self) -> Option<Arc<dyn Drives>> {
         None
     }
 

@@ -14,14 +14,17 @@ use std::{
 };
 
 use async_trait::async_trait;
-use bulkhead_vmm_spec::wire::{Answer, Command, Ended, Event, Message, Request, Slot};
+use bulkhead_vmm_spec::{
+    BlockBinding, BlockShape,
+    wire::{Answer, Command, Ended, Event, Message, Request, Slot},
+};
 use tokio::{
     net::UnixStream,
     sync::{oneshot, watch},
 };
 
-use super::channel::Channel;
-use crate::{Ask, Counts, Meter, Processors};
+use super::{channel::Channel, files};
+use crate::{Ask, Counts, Drive, Drives, Meter, Processors};
 
 /// How long a command may take; it is microseconds, but for what waits for a disk.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(20);
@@ -177,6 +180,26 @@ impl Ask for Broker {
         // Its end is noticed elsewhere; that the guest takes its time is not.
         let _ = tokio::time::timeout(patience, grown.wait_for(|&has| has == bytes)).await;
         Ok(*self.grown.borrow())
+    }
+}
+
+#[async_trait]
+impl Drives for Broker {
+    async fn attach(
+        &self,
+        binding: &BlockBinding,
+        shape: &BlockShape,
+    ) -> Result<Drive, Box<dyn std::error::Error + Send + Sync>> {
+        let file = files::disk(&binding.path, shape.read_only)?;
+        let attach = Command::Attach { file: Slot(0), block: shape.clone() };
+        match self.command(attach, &[file.as_fd()]).await? {
+            Answer::Attached { slot, .. } => Ok(Drive { slot, serial: shape.serial.clone() }),
+            other => Err(format!("the machine answers {other:?} when given a disk").into()),
+        }
+    }
+
+    async fn detach(&self, slot: u32) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.command(Command::Detach { slot }, &[]).await.map(drop)?)
     }
 }
 

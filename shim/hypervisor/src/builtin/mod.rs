@@ -38,7 +38,7 @@ use tokio::task::JoinHandle;
 pub use self::broker::CommandError;
 use self::{broker::Broker, channel::Channel};
 use crate::{
-    Growth, Hypervisor, Journal, LaunchError, Machine, MachineEnd, Meter, Processors,
+    Drives, Growth, Hypervisor, Journal, LaunchError, Machine, MachineEnd, Meter, Processors,
     child::{Child, ChildSpec, Network},
     family::{Console, Family},
     helper::{HELPER_DEADLINE, ended, late, record, spawn},
@@ -165,7 +165,10 @@ impl Builtin {
             async move { broker.attend().await }
         });
         let growth = (shape.growth.0 > 0).then(|| Growth::Asked(broker.clone()));
-        let family = Family::new(vmm, virtiofsd.into_iter().collect(), console, sockets).with_growth(growth);
+        let drives = (shape.spare_slots > 0).then(|| broker.clone() as Arc<dyn Drives>);
+        let family = Family::new(vmm, virtiofsd.into_iter().collect(), console, sockets)
+            .with_growth(growth)
+            .with_drives(drives);
         Ok(BuiltinMachine { family, broker, attendant })
     }
 
@@ -277,6 +280,10 @@ impl Machine for BuiltinMachine {
 
     fn growth(&self) -> Option<Growth> {
         self.family.growth()
+    }
+
+    fn drives(&self) -> Option<Arc<dyn Drives>> {
+        self.family.drives()
     }
 
     async fn ended(&mut self) -> MachineEnd {

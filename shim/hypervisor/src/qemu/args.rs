@@ -12,7 +12,7 @@ use std::{
 
 use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 
-use super::{cmdline, kept};
+use super::{cmdline, drives, kept};
 use crate::words::Words;
 
 /// Every guest has this address on its vsock device: each has a device of its own.
@@ -37,6 +37,10 @@ pub(super) struct Wiring<'a> {
     pub(super) block_drivers: &'a [&'static str],
     /// The tap of each network card.
     pub(super) taps: Vec<RawFd>,
+    /// Disks for later, and whether each may only be read.
+    pub(super) spares: &'a [bool],
+    /// The connection by which they are changed, where there are any.
+    pub(super) qmp: Option<RawFd>,
 }
 
 /// Arguments of QEMU.
@@ -98,6 +102,12 @@ pub(super) fn qemu(shape: &Shape, bindings: &Bindings, wiring: &Wiring<'_>) -> V
         args.pair("-netdev", format!("tap,id=net{slot},fd={fd},vhost=off"));
         let mtu = net.mtu.map(|mtu| format!(",host_mtu={mtu}")).unwrap_or_default();
         args.pair("-device", format!("virtio-net-device,netdev=net{slot},mac={}{mtu}", hex(&net.mac)));
+    }
+    for (option, value) in drives::words(wiring.spares) {
+        args.pair(option, value);
+    }
+    if let Some(fd) = wiring.qmp {
+        args.pair("-chardev", format!("socket,id=qmp,fd={fd}")).pair("-mon", "chardev=qmp,mode=control");
     }
     args.0
 }

@@ -11,14 +11,18 @@
 //! * vhost-device-vsock makes its socket itself; that it appears is an event. Meanwhile QEMU tells its
 //!   version, by which the processor is chosen.
 //! * The guest's console is QEMU's standard output, QEMU's own complaints are on standard error.
-//! * Without QMP: a microvm has nothing that comes or goes. Processors that may be wanted later are there from the
-//!   start, and the guest leaves them alone; memory that may be wanted later is kept from it (`kept`). A guest that ends restarts by
-//!   triple fault, QEMU then exits (`-no-reboot`), and a panic is known by its line on the console.
+//! * A microvm has nothing that comes or goes. Processors that may be wanted later are there from the
+//!   start, and the guest leaves them alone; memory that may be wanted later is kept from it (`kept`); disks that may
+//!   be wanted later are there without size (`drives`), and by QMP they become something: it is there for nothing
+//!   else. A guest that ends restarts by triple fault, QEMU then exits (`-no-reboot`), and a panic is known by its
+//!   line on the console.
 //! * When the VMM ends, virtiofsd follows by itself; vhost-device-vsock would wait for another.
 
 mod args;
 mod cmdline;
+mod drives;
 mod kept;
+mod qmp;
 mod tsc;
 mod version;
 
@@ -26,7 +30,7 @@ use std::{
     fs::File,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::fs::FileTypeExt,
+        unix::{fs::FileTypeExt, net::UnixStream},
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -37,9 +41,9 @@ use bulkhead_vmm_spec::{Bindings, Shape, SizeMib};
 
 pub use self::kept::{BLOCK, Kept};
 pub use self::version::Version;
-use self::{args::Wiring, tsc::Stopwatch};
+use self::{args::Wiring, drives::Spares, qmp::Qmp, tsc::Stopwatch};
 use crate::{
-    Growth, Hypervisor, Journal, LaunchError, Machine,
+    Drives, Growth, Hypervisor, Journal, LaunchError, Machine,
     child::{Child, ChildSpec},
     family::{Console, Family},
     helper::{HELPER_DEADLINE, ended, late, record, spawn},
@@ -177,7 +181,19 @@ impl Hypervisor for Qemu {
         let failed = |e| LaunchError::system("make a file for the guest's memory", e);
         let kept = (shape.growth.0 > 0).then(|| Kept::new(shape)).transpose().map_err(failed)?;
         let memory = kept.as_ref().map(Kept::share).transpose().map_err(failed)?;
+        let spares = drives::spares(shape);
+        let failed = |e| LaunchError::system("make a connection to QEMU", e);
+        let (ours, theirs) = match spares.is_empty() {
+            true => (None, None),
+            false => UnixStream::pair()
+                .map(|(ours, theirs)| (Some(ours), Some(OwnedFd::from(theirs))))
+                .map_err(failed)?,
+        };
+        let drives = ours.map(|ours| Qmp::new(ours).map(|qmp| Spares::new(&spares, qmp))).transpose();
+        let drives = drives.map_err(failed)?.map(|spares| Arc::new(spares) as Arc<dyn Drives>);
         let wiring = Wiring {
+            spares: &spares,
+            qmp: theirs.as_ref().map(AsRawFd::as_raw_fd),
             memory: memory.as_ref().map(AsRawFd::as_raw_fd),
             cpu: version.cpu(),
             tsc_khz: self.clock.khz(),
@@ -191,13 +207,19 @@ impl Hypervisor for Qemu {
         let mut spec = ChildSpec::new(QEMU, &self.config.qemu);
         spec.args = args::qemu(shape, bindings, &wiring);
         spec.stdout = stdout;
-        spec.fds = share_connection.into_iter().chain([vsock_connection]).chain(taps).chain(memory).collect();
+        spec.fds = share_connection
+            .into_iter()
+            .chain([vsock_connection])
+            .chain(taps)
+            .chain(memory)
+            .chain(theirs)
+            .collect();
         spec.network = network::of_vmm(bindings)?;
         let qemu = spawn(spec)?;
         record(&qemu, journal)?;
         let helpers = virtiofsd.into_iter().chain([vsock]).collect();
         let growth = kept.map(|kept| Growth::Kept(Arc::new(kept)));
-        Ok(Box::new(Family::new(qemu, helpers, console, sockets).with_growth(growth)))
+        Ok(Box::new(Family::new(qemu, helpers, console, sockets).with_growth(growth).with_drives(drives)))
     }
 }
 
@@ -257,11 +279,16 @@ fn check(shape: &Shape, bindings: &Bindings) -> Result<(), LaunchError> {
             "each needs one".into(),
         );
     }
-    let slots = 1 + usize::from(shape.share_tag.is_some()) + shape.blocks.len() + shape.nets.len();
+    let slots = devices(shape);
     if slots > MAX_DEVICES {
         return impossible(format!("a machine of {slots} devices"), format!("it has {MAX_DEVICES} slots"));
     }
     Ok(())
+}
+
+/// The devices of a machine, but for what it gets for later.
+fn devices(shape: &Shape) -> usize {
+    1 + usize::from(shape.share_tag.is_some()) + shape.blocks.len() + shape.nets.len()
 }
 
 /// Processors of `microvm` at most.
@@ -292,14 +319,15 @@ fn open_all(bindings: &Bindings) -> Result<Vec<&'static str>, LaunchError> {
             source,
         })?;
     }
-    bindings
-        .blocks
-        .iter()
-        .map(|block| {
-            let metadata = open("block device", &block.path)?;
-            Ok(if metadata.file_type().is_block_device() { "host_device" } else { "file" })
-        })
-        .collect()
+    bindings.blocks.iter().map(|block| driver_of(&block.path)).collect()
+}
+
+/// QEMU's driver for what is to be behind a disk.
+fn driver_of(path: &Path) -> Result<&'static str, LaunchError> {
+    let file = File::open(path).and_then(|f| f.metadata());
+    let metadata =
+        file.map_err(|source| LaunchError::File { what: "block device", path: path.into(), source })?;
+    Ok(if metadata.file_type().is_block_device() { "host_device" } else { "file" })
 }
 
 #[cfg(test)]

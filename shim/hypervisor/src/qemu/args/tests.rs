@@ -13,6 +13,8 @@ fn wiring() -> Wiring<'static> {
         vsock: 12,
         block_drivers: &[],
         taps: Vec::new(),
+        spares: &[],
+        qmp: None,
     }
 }
 
@@ -101,6 +103,24 @@ fn golden_block_devices() {
 -device virtio-blk-device,drive=block1,serial=data,,1
 "
     );
+}
+
+#[test]
+fn golden_disks_for_later() {
+    let (shape, bindings) = shape_and_bindings();
+    let wiring = Wiring { spares: &[false, true], qmp: Some(15), ..wiring() };
+    let shown = shown(&qemu(&shape, &bindings, &wiring));
+    let expected = "
+-blockdev driver=null-co,node-name=nothing0,size=0
+-blockdev driver=raw,node-name=spare0,read-only=off,discard=unmap,file=nothing0
+-device virtio-blk-device,drive=spare0,serial=spare0
+-blockdev driver=null-co,node-name=nothing1,size=0
+-blockdev driver=raw,node-name=spare1,read-only=on,discard=unmap,file=nothing1
+-device virtio-blk-device,drive=spare1,serial=spare1
+-chardev socket,id=qmp,fd=15
+-mon chardev=qmp,mode=control
+";
+    assert!(shown.ends_with(expected), "{shown}");
 }
 
 #[test]
