@@ -1,4 +1,4 @@
-//! Disks of the machine that stand for block devices of the host.
+//! Disks of the machine that stand for block devices of the host: those of its boot, and others that come and go.
 //! Knows sysfs and device numbers; must not know whose devices they are.
 
 use std::{
@@ -8,6 +8,8 @@ use std::{
 
 use bulkhead_proto::agent::Disk;
 use oci_spec::runtime::{Linux, LinuxDeviceType};
+
+use crate::devices;
 
 /// Where the kernel lists disks.
 const BLOCK: &str = "/sys/block";
@@ -20,15 +22,21 @@ type Numbers = (i64, i64);
 pub(crate) struct Disks(Vec<(Numbers, Numbers)>);
 
 impl Disks {
-    /// Finds the disks by their serial numbers.
+    /// Finds the disks by their serial numbers. One that the kernel does not know yet came since it last looked. May
+    /// block: the kernel reads what partitions there are.
     ///
     /// # Errors
     /// One is missing, or the kernel does not tell.
     pub(crate) fn find(wanted: &[Disk]) -> io::Result<Self> {
-        wanted
-            .iter()
-            .map(|disk| Ok(((disk.major, disk.minor), numbers(Path::new(BLOCK), &disk.serial)?)))
-            .collect()
+        let block = Path::new(BLOCK);
+        for disk in wanted {
+            match place(block, &disk.serial)? {
+                Some(place) if size(&place)? == 0 => devices::look_anew(&place)?,
+                Some(_) => {}
+                None => devices::find_the_rest(),
+            }
+        }
+        wanted.iter().map(|disk| Ok(((disk.major, disk.minor), numbers(block, &disk.serial)?))).collect()
     }
 
     /// The guest's numbers for a device of the host, if it has it.
@@ -65,17 +73,40 @@ impl FromIterator<(Numbers, Numbers)> for Disks {
     }
 }
 
-fn numbers(block: &Path, serial: &str) -> io::Result<Numbers> {
-    let of = |file: PathBuf| fs::read_to_string(file).unwrap_or_default().trim().to_owned();
-    for entry in fs::read_dir(block)?.flatten() {
-        if of(entry.path().join("serial")) == serial {
-            let numbers = of(entry.path().join("dev"));
-            let pair = numbers.split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-            return pair
-                .ok_or_else(|| io::Error::other(format!("disk {serial} has the numbers {numbers:?}")));
+/// Lets go of disks, so that the machine can take what is behind them. One that is not there is no error.
+///
+/// # Errors
+/// The kernel does not let go.
+pub(crate) fn leave(serials: &[String]) -> io::Result<()> {
+    for serial in serials {
+        if let Some(place) = place(Path::new(BLOCK), serial)? {
+            devices::leave(&place)?;
         }
     }
-    Err(io::Error::new(io::ErrorKind::NotFound, format!("the guest has no disk {serial}")))
+    Ok(())
+}
+
+fn numbers(block: &Path, serial: &str) -> io::Result<Numbers> {
+    let missing = || io::Error::new(io::ErrorKind::NotFound, format!("the guest has no disk {serial}"));
+    let numbers = said(&place(block, serial)?.ok_or_else(missing)?, "dev");
+    let pair = numbers.split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    pair.ok_or_else(|| io::Error::other(format!("disk {serial} has the numbers {numbers:?}")))
+}
+
+/// Where sysfs has the disk with this serial number.
+fn place(block: &Path, serial: &str) -> io::Result<Option<PathBuf>> {
+    let mut places = fs::read_dir(block)?.flatten().map(|entry| entry.path());
+    Ok(places.find(|place| said(place, "serial") == serial))
+}
+
+/// The size of a disk in sectors.
+fn size(place: &Path) -> io::Result<u64> {
+    let size = said(place, "size");
+    size.parse().map_err(|_| io::Error::other(format!("{} has the size {size:?}", place.display())))
+}
+
+fn said(place: &Path, file: &str) -> String {
+    fs::read_to_string(place.join(file)).unwrap_or_default().trim().to_owned()
 }
 
 #[cfg(test)]
@@ -91,9 +122,11 @@ mod tests {
             fs::create_dir(dir.path().join(name)).unwrap();
             fs::write(dir.path().join(name).join("serial"), serial).unwrap();
             fs::write(dir.path().join(name).join("dev"), format!("{dev}\n")).unwrap();
+            fs::write(dir.path().join(name).join("size"), "2048\n").unwrap();
         }
         fs::create_dir(dir.path().join("loop0")).unwrap();
         assert_eq!(numbers(dir.path(), "two").unwrap(), (254, 16));
+        assert_eq!(size(&place(dir.path(), "two").unwrap().unwrap()).unwrap(), 2048);
         let missing = numbers(dir.path(), "three").unwrap_err().to_string();
         assert_eq!(missing, "the guest has no disk three");
     }

@@ -188,6 +188,10 @@ impl Sandbox {
             return Err(Error::Exists(format!("container {id} exists already")));
         }
         let copies = Copies::make(id, &request.followed);
+        let wanted = request.disks.clone();
+        let disks = tokio::task::spawn_blocking(move || Disks::find(&wanted)).await;
+        let disks = disks.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+        let disks = disks.doing(|| "find the container's block devices".into())?;
         let create = {
             let mut state = self.state();
             if !state.configured {
@@ -200,7 +204,7 @@ impl Sandbox {
                 network: netns::network(),
                 namespaces: Path::new(netns::DIR),
                 has_device: &|typ, major, minor| spec::sys_dev(typ, major, minor).exists(),
-                disks: Disks::find(&request.disks).doing(|| "find the container's block devices".into())?,
+                disks,
                 copies: Some(&copies),
                 ipc_sysctls: &state.ipc_sysctls,
                 users: state.users.as_ref(),

@@ -16,9 +16,9 @@ use bulkhead_proto::{
     agent::{
         Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
         CreateContainerResponse, DebugExecRequest, Empty, Event, EventsRequest, ExecRequest, ExecResponse,
-        FollowVolumeRequest, ForwardRequest, Network, PidsResponse, ResizePtyRequest, ResizeRequest,
-        ResizeResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest, UpdateResponse,
-        create_agent,
+        FollowVolumeRequest, ForwardRequest, LeaveDisksRequest, Network, PidsResponse, ResizePtyRequest,
+        ResizeRequest, ResizeResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest,
+        UpdateResponse, create_agent,
     },
     stream::{Hello, encode_hello},
 };
@@ -34,8 +34,8 @@ use ttrpc::{
 };
 
 use crate::{
-    configure,
-    error::Error,
+    configure, disks,
+    error::{Doing, Error},
     events::{self, Queue},
     host::HostStream,
     launcher::Zygote,
@@ -223,6 +223,12 @@ impl Agent for Service {
 
     async fn delete_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Result<Empty> {
         self.sandbox.delete(&request.container_id).await?;
+        Ok(Empty::new())
+    }
+
+    async fn leave_disks(&self, _: &TtrpcContext, request: LeaveDisksRequest) -> Result<Empty> {
+        let left = tokio::task::spawn_blocking(move || disks::leave(&request.serials)).await;
+        left.unwrap_or_else(|e| Err(std::io::Error::other(e))).doing(|| "let go of disks".into())?;
         Ok(Empty::new())
     }
 

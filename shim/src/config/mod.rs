@@ -47,6 +47,8 @@ pub struct Config {
     pub sandbox: Sandbox,
     /// The network of a pod.
     pub network: Network,
+    /// The disks of a pod.
+    pub storage: Storage,
     /// How the shim speaks with the agent in the guest.
     pub agent: Agent,
     /// What a pod may change by annotation.
@@ -125,6 +127,14 @@ pub struct Network {
     pub spare_cards: u32,
 }
 
+/// The disks of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Storage {
+    /// Block devices that a machine can be given after it was launched.
+    pub spare_disks: u32,
+}
+
 /// How the shim speaks with the agent in the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -154,6 +164,7 @@ impl Default for Config {
             hypervisor: Hypervisor::default(),
             sandbox: Sandbox::default(),
             network: Network::default(),
+            storage: Storage::default(),
             agent: Agent::default(),
             annotations: Annotations::default(),
         }
@@ -185,6 +196,12 @@ impl Default for Sandbox {
 impl Default for Network {
     fn default() -> Self {
         Self { spare_cards: 1 }
+    }
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Self { spare_disks: 2 }
     }
 }
 

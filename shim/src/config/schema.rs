@@ -69,6 +69,7 @@ pub const KEYS: &[Key] = &[
     key("sandbox.max_vcpus", Kind::Integer(0, 255)),
     key("sandbox.max_memory_mib", Kind::Integer(0, 1 << 20)),
     key("network.spare_cards", Kind::Integer(0, 6)),
+    key("storage.spare_disks", Kind::Integer(0, 6)),
     key("agent.request_timeout_seconds", Kind::Integer(1, 3600)),
     key("agent.debug_exec", Kind::Switch),
     host_key("annotations.allowed", Kind::Keys),

@@ -325,6 +325,12 @@ impl Agent {
         self.call(self.client.delete_container(self.context(), &container(id))).await.map(drop)
     }
 
+    /// Has the guest let go of disks, by their serial numbers.
+    pub async fn leave_disks(&self, serials: Vec<String>) -> Result<(), Fault> {
+        let request = agent::LeaveDisksRequest { serials, ..Default::default() };
+        self.call(self.client.leave_disks(self.context(), &request)).await.map(drop)
+    }
+
     /// Writes everything out before the machine ends.
     pub async fn shutdown(&self) -> Result<(), Fault> {
         self.call(self.client.shutdown(self.context(), &agent::ShutdownRequest::new())).await.map(drop)

@@ -53,6 +53,13 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+impl Disk {
+    /// Whether both are the same device.
+    pub fn is(&self, other: &Disk) -> bool {
+        (self.major, self.minor) == (other.major, other.minor)
+    }
+}
+
 /// The block devices of a spec. A privileged container's list is all of the host's devices and asks for none.
 pub(super) fn disks(spec: &Spec) -> Vec<Disk> {
     let Some(linux) = spec.linux() else { return Vec::new() };

@@ -3,6 +3,7 @@
 
 mod backend;
 mod containers;
+mod disks;
 mod figures;
 mod follow;
 mod launch;
@@ -97,7 +98,8 @@ pub struct Host {
     /// Runtime options that came with `start`: type name and protobuf value.
     options: Option<(String, Vec<u8>)>,
     cgroup: Mutex<Option<String>>,
-    disks: Mutex<Disks>,
+    /// Whoever holds them may give the machine one, or take one from it.
+    disks: tokio::sync::Mutex<Disks>,
     network: Mutex<Option<Arc<PodNetwork>>>,
     stand_ins: Mutex<HashMap<ContainerId, StandIn>>,
     follower: Mutex<Option<Arc<Follower>>>,
@@ -198,7 +200,7 @@ impl Host {
             pod: Mutex::default(),
             options: None,
             cgroup: Mutex::default(),
-            disks: Mutex::default(),
+            disks: Default::default(),
             network: Mutex::default(),
             stand_ins: Mutex::default(),
             follower: Mutex::default(),

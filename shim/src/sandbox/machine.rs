@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use bulkhead_hypervisor::{Exit, Growth, Machine, MachineEnd as Ended, Meter, Processors};
+use bulkhead_hypervisor::{Drives, Exit, Growth, Machine, MachineEnd as Ended, Meter, Processors};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -30,6 +30,7 @@ pub(super) struct Running {
     meter: Option<Arc<dyn Meter>>,
     processors: Option<Arc<dyn Processors>>,
     growth: Option<Growth>,
+    drives: Option<Arc<dyn Drives>>,
     ended: watch::Receiver<Option<MachineEnd>>,
     kill: mpsc::UnboundedSender<String>,
     task: JoinHandle<()>,
@@ -43,11 +44,11 @@ impl Running {
         inputs: mpsc::UnboundedSender<Input>,
     ) -> Self {
         let (pid, processes, meter) = (machine.pid(), machine.processes(), machine.meter());
-        let (processors, growth) = (machine.processors(), machine.growth());
+        let (processors, growth, drives) = (machine.processors(), machine.growth(), machine.drives());
         let (tell, ended) = watch::channel(None);
         let (kill, wishes) = mpsc::unbounded_channel();
         let task = tasks::spawn(run(machine, cgroup, wishes, tell, inputs));
-        Self { pid, processes, meter, processors, growth, ended, kill, task }
+        Self { pid, processes, meter, processors, growth, drives, ended, kill, task }
     }
 
     /// The VMM's process on the host.
@@ -78,6 +79,11 @@ impl Running {
     /// How its memory can change, if it can.
     pub(super) fn growth(&self) -> Option<Growth> {
         self.growth.clone()
+    }
+
+    /// By which it is given disks, if it has room for any.
+    pub(super) fn drives(&self) -> Option<Arc<dyn Drives>> {
+        self.drives.clone()
     }
 
     /// Tells how the machine ended, once it has.

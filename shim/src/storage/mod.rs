@@ -9,7 +9,7 @@ mod points;
 mod share;
 mod volume;
 
-pub use disk::{DiskError, Disks};
+pub use disk::{DiskError, Disks, binding, shape};
 pub use mount::{MountError, bind, make_read_only, mount};
 pub use pod::PodFiles;
 pub use share::{Share, ShareError};

@@ -3,6 +3,7 @@
 //! `BULKHEAD_TEST_HANDLER` chooses the runtime handler: `bulkhead` (pods by the sandbox API),
 //! `bulkhead-podsandbox` (with a pause container), or `runc`, which proves the common tests.
 
+mod disks;
 mod ends;
 mod exec;
 mod figures;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         refusals::TESTS,
         resize::TESTS,
         volumes::TESTS,
+        disks::TESTS,
     ]
     .concat();
     harness::run_suite_with_pods("cri", &tests)

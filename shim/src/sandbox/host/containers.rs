@@ -153,8 +153,7 @@ impl Host {
                 p.volumes.clone(),
             )
         };
-        let disks =
-            lock(&self.disks).of_container(&disks).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+        let disks = self.give_disks(id, &disks).await?;
         let pod = lock(&self.network).clone();
         if let Some(pod) = pod {
             blocking("look at the pod's network", move || pod.check_joins(network.as_deref())).await?;
@@ -353,6 +352,7 @@ impl Host {
         {
             warn!(%id, "the guest did not delete the container: {fault}");
         }
+        self.take_disks(id, guest).await;
         if let Some(follower) = lock(&self.follower).as_ref() {
             follower.remove(id);
         }

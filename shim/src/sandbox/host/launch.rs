@@ -87,7 +87,7 @@ impl Host {
             share_tag: Some(SHARE_TAG.to_owned()),
             blocks: Vec::new(),
             nets: Vec::new(),
-            spare_slots: 0,
+            spare_slots: wanted.spare_disks,
         };
         let mut bindings = Bindings {
             kernel: guest_files.kernel,
@@ -102,7 +102,7 @@ impl Host {
         network.equip(&mut shape, &mut bindings);
         let disks = Disks::find(wanted.disks.clone()).map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
         disks.equip(&mut shape, &mut bindings);
-        *lock(&self.disks) = disks;
+        *self.disks.lock().await = disks;
         let accounts = Accounts { ledger: &self.ledger, cgroup: cgroup.as_deref(), dir: &self.dir };
         let began = Instant::now();
         let launch = hypervisor.launch(&shape, &bindings, &accounts).instrument(info_span!("launch"));

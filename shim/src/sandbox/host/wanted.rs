@@ -15,7 +15,7 @@ use crate::{
     cgroup,
     config::Config,
     error::{Fault, Kind},
-    plan::{self, Disk, HostFacts, IdMaps, Sizing},
+    plan::{self, Disk, HostFacts, IdMaps, Role, Sizing},
     storage::PodFiles,
 };
 
@@ -34,6 +34,8 @@ pub(super) struct Wanted {
     pub(super) netns: Option<PathBuf>,
     /// Block devices of the host that it is to have.
     pub(super) disks: Vec<Disk>,
+    /// How many more it can be given, for containers that come later.
+    pub(super) spare_disks: u32,
     /// How the pod's user namespace maps, if it has one.
     pub(super) users: Option<IdMaps>,
 }
@@ -43,12 +45,13 @@ impl Host {
     pub(super) fn plan_machine(&self, request: &CreateRequest) -> Result<Wanted, Fault> {
         let spec = load_spec(&request.bundle)?;
         // Once more where its files are prepared, but what is refused needs no machine.
-        plan::container(&request.id, spec.clone())?;
+        let role = plan::container(&request.id, spec.clone())?.role;
         let none = HashMap::new();
         let config =
             self.configure(request.options.as_ref(), spec.annotations().as_ref().unwrap_or(&none))?;
         let sizing = plan::machine(&config, &spec, &host_facts())?;
         Ok(Wanted {
+            spare_disks: if role == Role::Alone { 0 } else { config.storage.spare_disks },
             config,
             sizing,
             cgroup: cgroups_path(&spec).map(str::to_owned),
@@ -75,8 +78,9 @@ impl Host {
         let netns = Some(create.netns.clone()).filter(|path| !path.as_os_str().is_empty());
         let sysctls = pod.sysctls;
         // The sandbox API names a pod before its containers, hence before their devices.
-        let disks = Vec::new();
-        *lock(&self.pod) = Some(Wanted { config, sizing, cgroup, hostname, sysctls, netns, disks, users });
+        let (disks, spare_disks) = (Vec::new(), config.storage.spare_disks);
+        *lock(&self.pod) =
+            Some(Wanted { config, sizing, cgroup, hostname, sysctls, netns, disks, spare_disks, users });
         Ok(())
     }
 
