@@ -124,6 +124,11 @@ pub(crate) fn check_id(id: &str) -> Result<()> {
     Ok(())
 }
 
+/// What containerd's CRI, nerdctl and Docker ask for in the name of those who ask for nothing, where the host has
+/// AppArmor. They guard the kernel and the processes of the host from a container, which has neither here. A profile
+/// that somebody chose is something else.
+const DEFAULT_PROFILES: [&str; 3] = ["cri-containerd.apparmor.d", "nerdctl-default", "docker-default"];
+
 /// Splits a process into libcontainer's part, which remains, and ours.
 fn process_of(process: &mut Process, terminal: Terminal, init: bool) -> Result<LastMile> {
     let args = process.args().clone().unwrap_or_default();
@@ -135,6 +140,7 @@ fn process_of(process: &mut Process, terminal: Terminal, init: bool) -> Result<L
     }
     match process.apparmor_profile().as_deref() {
         None | Some("" | "unconfined") => process.set_apparmor_profile(None),
+        Some(profile) if DEFAULT_PROFILES.contains(&profile) => process.set_apparmor_profile(None),
         Some(profile) => {
             return Err(refuse("process.apparmorProfile", format!("the guest has no profile {profile:?}")));
         }

@@ -154,7 +154,7 @@ fn what_is_missing_is_named() {
 #[test]
 fn what_cannot_be_honoured_is_refused_by_name() {
     let cases = [
-        ("/process/apparmorProfile", json!("docker-default"), "process.apparmorProfile: "),
+        ("/process/apparmorProfile", json!("my-own"), "process.apparmorProfile: "),
         ("/process/selinuxLabel", json!("system_u:x"), "process.selinuxLabel: "),
         ("/process/cwd", json!("relative"), "process.cwd: "),
         ("/linux/mountLabel", json!("system_u:x"), "linux.mountLabel: "),
@@ -199,8 +199,10 @@ fn what_cannot_be_honoured_is_refused_by_name() {
 }
 
 #[test]
-fn empty_labels_and_unconfined_are_no_wish() {
+fn empty_labels_and_defaults_are_no_wish() {
     for (pointer, value) in [
+        ("/process/apparmorProfile", json!("cri-containerd.apparmor.d")),
+        ("/process/apparmorProfile", json!("nerdctl-default")),
         ("/process/apparmorProfile", json!("unconfined")),
         ("/process/selinuxLabel", json!("")),
         ("/linux/mountLabel", json!("")),

@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("security::no_new_privileges", no_new_privileges),
     Test::common("security::masked_paths", masked_paths),
     Test::common("security::read_only_paths", read_only_paths),
+    Test::bulkhead("security::default_profiles_of_apparmor", "runc refuses them too", default_profiles),
 ];
 
 fn status(t: &Context, flags: &[&str], field: &str) -> Result<String> {
@@ -27,6 +28,18 @@ fn effective(t: &Context, flags: &[&str]) -> Result<u64> {
 const CAP_CHOWN: u64 = 1 << 0;
 const CAP_NET_ADMIN: u64 = 1 << 12;
 const CAP_SYS_ADMIN: u64 = 1 << 21;
+
+/// What containerd asks for in the name of those who ask for nothing, on a host that has AppArmor.
+fn default_profiles(t: &mut Context) -> Result<()> {
+    let with = |t: &mut Context, name: &str, profile: &str| -> Result<harness::Output> {
+        let run = t.run_spec(name, &["true"], |spec| spec["process"]["apparmorProfile"] = profile.into())?;
+        run.output()
+    };
+    with(t, "default", "cri-containerd.apparmor.d")?.ok()?;
+    let refused = with(t, "chosen", "my-own")?.expect_failure()?;
+    refused.expect_stderr(&["process.apparmorProfile", "no profile \"my-own\""])?;
+    Ok(())
+}
 
 fn capabilities_default(t: &mut Context) -> Result<()> {
     let caps = effective(t, &[])?;
