@@ -15,7 +15,8 @@ use crate::{
 /// File systems that the guest mounts by itself.
 const GUEST_KINDS: [&str; 7] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
-/// A file or directory of the host that the guest sees as `share/<container>/mounts/<slot>`.
+/// A file or directory of the host that the guest sees as `share/<container>/mounts/<slot>`, or where containers have
+/// it together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
     /// Its number among the container's binds.
@@ -128,6 +129,16 @@ impl ContainerPlan {
         self.binds.push(Bind { slot, source, destination, recursive, read_only, follows_host, owners: None });
     }
 
+    /// Says where the guest finds the bind mount with the number `slot`, if not at the container's own place for it.
+    pub fn is_at(&mut self, id: &ContainerId, slot: usize, place: &Path) {
+        let source = in_share(id, slot);
+        let mut mounts = self.guest_spec.mounts().clone().unwrap_or_default();
+        for mount in mounts.iter_mut().filter(|mount| mount.source().as_ref() == Some(&source)) {
+            mount.set_source(Some(place.to_owned()));
+        }
+        self.guest_spec.set_mounts(Some(mounts));
+    }
+
     /// Where the container's root needs a mount point: what is not below an earlier mount, each with the number of
     /// the bind mount that it is for, if it is for one.
     pub fn mount_points(&self) -> Vec<(PathBuf, Option<usize>)> {
@@ -174,10 +185,16 @@ fn bind(destination: PathBuf, source: PathBuf, options: Vec<String>) -> Mount {
 }
 
 /// The /dev/shm that containerd means for the whole pod: what its CRI has made on the host, or, where that is
-/// the sandbox's affair, the one that every spec has. A volume that a user mounts there is something else.
+/// the sandbox's affair, the one that every spec has. A volume that a user mounts there is something else, though it
+/// may be named so too.
 fn is_shm(mount: &Mount) -> bool {
-    let of_the_pod = mount.source().as_ref().is_some_and(|source| source.ends_with("shm"));
-    mount.destination() == Path::new("/dev/shm") && of_the_pod
+    let Some(source) = mount.source() else { return false };
+    // `sandboxes/<id>/shm` below the directory of containerd's plugin (internal/cri/server/helpers.go).
+    let mut names = source.iter().rev();
+    let of_cri = names.next().is_some_and(|name| name == "shm")
+        && names.next().is_some()
+        && names.next().is_some_and(|name| name == "sandboxes");
+    mount.destination() == Path::new("/dev/shm") && (source == Path::new("shm") || of_cri)
 }
 
 /// What containers of a pod share in memory is the guest's memory.

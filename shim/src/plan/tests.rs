@@ -109,6 +109,27 @@ fn a_recursive_read_only_bind_is_one_read_only_file_system_to_the_guest() {
 }
 
 #[test]
+fn a_volume_at_dev_shm_is_the_users_and_that_of_the_pod_is_the_guests() {
+    let source_of = |source: &str, kind: &str| {
+        let mount = json!({"destination": "/dev/shm", "type": kind, "source": source, "options": ["rbind"]});
+        let member = json!({"io.kubernetes.cri.container-type": "container"});
+        let plan = container(
+            &id(),
+            spec(|s| {
+                s["mounts"] = json!([mount]);
+                s["annotations"] = member;
+            }),
+        );
+        plan.unwrap().guest_spec.mounts().clone().unwrap()[0].source().clone().unwrap()
+    };
+    let of_the_pod = std::path::Path::new(bulkhead_proto::SHM_DIR);
+    assert_eq!(source_of("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/abc/shm", "bind"), of_the_pod);
+    assert_eq!(source_of("shm", "tmpfs"), of_the_pod);
+    let volume = "/var/lib/kubelet/pods/abc/volumes/kubernetes.io~empty-dir/shm";
+    assert_ne!(source_of(volume, "bind"), of_the_pod);
+}
+
+#[test]
 fn a_root_needs_mount_points_for_what_no_earlier_mount_covers() {
     let bind = |at: &str| json!({"destination": at, "type": "bind", "source": "/host", "options": ["rbind"]});
     let mounts = json!([

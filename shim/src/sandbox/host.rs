@@ -36,7 +36,7 @@ use crate::{
     metrics::{SOCKET, counters::Counters, http},
     process,
     stdio::Hub,
-    storage::{Disks, Follower},
+    storage::{Disks, Follower, Places},
     tasks,
 };
 
@@ -100,6 +100,8 @@ pub struct Host {
     cgroup: Mutex<Option<String>>,
     /// Whoever holds them may give the machine one, or take one from it.
     disks: tokio::sync::Mutex<Disks>,
+    /// Locked after the ledger.
+    places: Arc<Mutex<Places>>,
     network: Mutex<Option<Arc<PodNetwork>>>,
     stand_ins: Mutex<HashMap<ContainerId, StandIn>>,
     follower: Mutex<Option<Arc<Follower>>>,
@@ -201,6 +203,7 @@ impl Host {
             options: None,
             cgroup: Mutex::default(),
             disks: Default::default(),
+            places: Arc::default(),
             network: Mutex::default(),
             stand_ins: Mutex::default(),
             follower: Mutex::default(),

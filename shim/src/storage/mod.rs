@@ -4,6 +4,7 @@
 mod disk;
 mod idmap;
 mod mount;
+mod places;
 mod pod;
 mod points;
 mod share;
@@ -11,6 +12,7 @@ mod volume;
 
 pub use disk::{DiskError, Disks, binding, shape};
 pub use mount::{MountError, bind, make_read_only, mount};
+pub use places::Places;
 pub use pod::PodFiles;
-pub use share::{Share, ShareError};
+pub use share::{Share, ShareError, Shown};
 pub use volume::{Follower, Volume, version};

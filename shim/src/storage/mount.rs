@@ -217,17 +217,36 @@ pub fn bind(source: &Path, target: &Path, recursive: bool, follows: bool) -> Res
 
 /// Makes one mount read-only where it is, not those below it.
 pub fn make_read_only(target: &Path) -> Result<(), MountError> {
-    let fault = |e: nix::errno::Errno| MountError::Mount {
-        kind: "read-only bind".into(),
-        source_name: "none".into(),
-        target: target.into(),
-        source: e.into(),
-    };
+    change(target, "read-only bind", MsFlags::MS_RDONLY)
+}
+
+/// Undoes [`make_read_only`].
+pub(super) fn make_writable(target: &Path) -> Result<(), MountError> {
+    change(target, "writable bind", MsFlags::empty())
+}
+
+/// Whether a mount, or its file system, is read-only.
+pub(super) fn is_read_only(target: &Path) -> Result<bool, MountError> {
+    let flags = statvfs(target).map_err(|e| bind_fault("bind", target, e))?.flags();
+    Ok(flags.contains(FsFlags::ST_RDONLY))
+}
+
+/// Mounts a bind again where it is, with what it has and with `access`.
+fn change(target: &Path, kind: &str, access: MsFlags) -> Result<(), MountError> {
+    let fault = |e| bind_fault(kind, target, e);
     let has = statvfs(target).map_err(fault)?.flags();
     let kept = KEPT.iter().filter(|(flag, _)| has.contains(*flag)).map(|(_, flag)| *flag);
-    let flags =
-        kept.fold(MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY, |all, flag| all | flag);
+    let flags = kept.fold(MsFlags::MS_REMOUNT | MsFlags::MS_BIND | access, |all, flag| all | flag);
     sys_mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(fault)
+}
+
+fn bind_fault(kind: &str, target: &Path, source: nix::errno::Errno) -> MountError {
+    MountError::Mount {
+        kind: kind.into(),
+        source_name: "none".into(),
+        target: target.into(),
+        source: source.into(),
+    }
 }
 
 fn parse(options: &[String]) -> (MsFlags, String) {

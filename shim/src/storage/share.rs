@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! share/<container>/rootfs        the container's root, a bind of <bundle>/rootfs
-//! share/<container>/mounts/<n>    its n-th bind mount
+//! share/<container>/mounts/<n>    its n-th bind mount, if that is its own
+//! share/.volumes/<n>              a bind mount that containers may have together (`places`)
 //! ```
 //!
 //! A read-only bind is read-only on the host too: the guest's kernel is not trusted to keep it so. What is mounted
@@ -17,11 +18,13 @@ use std::{
 use super::{
     idmap::Owners,
     mount::{self, MountError, mount, mount_owned},
+    places::{self, Candidate, Farewell, Places, Step},
     points::make_point,
+    volume::Volume,
 };
 use crate::{
     ids::ContainerId,
-    ledger::{Entry, Ledger, LedgerError},
+    ledger::{self, Entry, Ledger, LedgerError},
     plan::{Bind, IdMaps, ReadOnly},
     process::mount_points,
     sandbox::model::RootMount,
@@ -176,33 +179,33 @@ impl Share {
         Ok(())
     }
 
-    /// Shows one bind mount to the guest. Answers whether parts of a read-only one, which are mounted below it, can
-    /// be written all the same.
-    pub fn add_bind(&self, ledger: &mut Ledger, id: &ContainerId, bind: &Bind) -> Result<bool, ShareError> {
-        let target = self.container_dir(id).join("mounts").join(bind.slot.to_string());
+    /// Shows one bind mount to the guest.
+    pub fn add_bind(
+        &self,
+        ledger: &mut Ledger,
+        places: &mut Places,
+        id: &ContainerId,
+        bind: &Bind,
+    ) -> Result<Shown, ShareError> {
         let facts = std::fs::metadata(&bind.source).map_err(|source| ShareError::Source {
             source_path: bind.source.clone(),
             destination: bind.destination.clone(),
             source: plain(source),
         })?;
-        if facts.is_dir() {
-            make_dir(&target)?;
+        // Of what the host exchanges as a whole each container has a copy.
+        let candidate = if Volume::of(bind).is_some() {
+            None
         } else {
-            std::fs::File::create(&target)
-                .map_err(|source| ShareError::Make { path: target.clone(), source })?;
+            let look = |source: io::Error| ShareError::Below { path: bind.source.clone(), source };
+            Candidate::of(bind, &facts).map_err(look)?
+        };
+        if let Some(candidate) = candidate {
+            return self.add_to_place(ledger, places, id, bind, facts.is_dir(), candidate);
         }
-        fail_point!(BindPlaced);
-        ledger.record(mount_entry(&target, id))?;
-        fail_point!(BindRecorded);
-        match &bind.owners {
-            None => mount::bind(&bind.source, &target, bind.recursive, bind.follows_host)?,
-            Some((owners, below)) => users(owners, &bind.source)?
-                .bind(&bind.source, &target, bind.recursive, *below, bind.follows_host)
-                .map_err(|source| MountError::Owners { path: bind.source.clone(), source })?,
-        }
-        fail_point!(BindMounted);
+        let target = self.container_dir(id).join("mounts").join(bind.slot.to_string());
+        mount_bind(ledger, bind, &target, facts.is_dir(), Some(id))?;
         if bind.read_only == ReadOnly::No {
-            return Ok(false);
+            return Ok(Shown::Own);
         }
         let below = points_below(&target)?;
         if bind.read_only == ReadOnly::WithAllBelow {
@@ -211,8 +214,132 @@ impl Share {
             }
         }
         mount::make_read_only(&target)?;
-        Ok(bind.read_only == ReadOnly::Itself && !below.is_empty())
+        Ok(match bind.read_only == ReadOnly::Itself && !below.is_empty() {
+            true => Shown::Mixed,
+            false => Shown::Own,
+        })
     }
+
+    fn add_to_place(
+        &self,
+        ledger: &mut Ledger,
+        places: &mut Places,
+        id: &ContainerId,
+        bind: &Bind,
+        folder: bool,
+        candidate: Candidate,
+    ) -> Result<Shown, ShareError> {
+        let (number, step) = places.take(id, candidate);
+        let target = self.place(number);
+        match step {
+            Step::Nothing => {}
+            Step::Open => {
+                mount::make_writable(&target)?;
+                places.set_read_only(number, false);
+            }
+            Step::Make => {
+                if let Err(error) = self.make_place(ledger, places, number, bind, folder, &target) {
+                    places.spoil(number);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(Shown::At(places::in_guest(number)))
+    }
+
+    fn make_place(
+        &self,
+        ledger: &mut Ledger,
+        places: &mut Places,
+        number: usize,
+        bind: &Bind,
+        folder: bool,
+        target: &Path,
+    ) -> Result<(), ShareError> {
+        make_dir(&places::folder(&self.dir))?;
+        mount_bind(ledger, bind, target, folder, None)?;
+        if mount::is_read_only(target)? {
+            places.set_read_only(number, true);
+            places.set_never_writable(number);
+        } else if !places.is_written(number) {
+            mount::make_read_only(target)?;
+            places.set_read_only(number, true);
+        }
+        Ok(())
+    }
+
+    fn place(&self, number: usize) -> PathBuf {
+        places::folder(&self.dir).join(number.to_string())
+    }
+
+    /// Takes back what a container had together with others, as far as it was the last to have it. What cannot be taken
+    /// back remains in the ledger, and goes with the sandbox.
+    pub fn leave_places(
+        &self,
+        ledger: &mut Ledger,
+        places: &mut Places,
+        id: &ContainerId,
+    ) -> Result<(), ShareError> {
+        let mut all = Ok(());
+        for farewell in places.left_by(id) {
+            let done = match farewell {
+                Farewell::Close(number) => mount::make_read_only(&self.place(number))
+                    .map(|()| places.set_read_only(number, true))
+                    .map_err(ShareError::from),
+                Farewell::Unmount(number) => self.remove_place(ledger, number),
+            };
+            all = all.and(done);
+        }
+        all
+    }
+
+    fn remove_place(&self, ledger: &mut Ledger, number: usize) -> Result<(), ShareError> {
+        let place = self.place(number);
+        let ours = [Entry::Mount { target: place.clone(), container: None }];
+        let left = ledger::release(&ours);
+        ledger.forget(&ours, left)?;
+        // A folder without files, or a file without content; where it never came to be, nothing.
+        let _ = std::fs::remove_dir(&place).or_else(|_| std::fs::remove_file(&place));
+        Ok(())
+    }
+}
+
+/// Where the guest finds a bind mount.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// At the container's own place for it.
+    Own,
+    /// There, and parts of it that are mounted below it can be written although it is read-only.
+    Mixed,
+    /// In the guest, at a place that other containers may have too.
+    At(PathBuf),
+}
+
+/// Mounts a bind mount at `target`, for a container or for the whole sandbox.
+fn mount_bind(
+    ledger: &mut Ledger,
+    bind: &Bind,
+    target: &Path,
+    folder: bool,
+    id: Option<&ContainerId>,
+) -> Result<(), ShareError> {
+    if folder {
+        make_dir(target)?;
+    } else {
+        std::fs::File::create(target)
+            .map_err(|source| ShareError::Make { path: target.to_owned(), source })?;
+    }
+    fail_point!(BindPlaced);
+    ledger.record(Entry::Mount { target: target.to_owned(), container: id.map(ToString::to_string) })?;
+    fail_point!(BindRecorded);
+    match &bind.owners {
+        None => mount::bind(&bind.source, target, bind.recursive, bind.follows_host)?,
+        Some((owners, below)) => users(owners, &bind.source)?
+            .bind(&bind.source, target, bind.recursive, *below, bind.follows_host)
+            .map_err(|source| MountError::Owners { path: bind.source.clone(), source })?,
+    }
+    fail_point!(BindMounted);
+    Ok(())
 }
 
 /// Everything that is mounted below `target`.

@@ -18,6 +18,8 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("volumes::later_mounts_of_the_host_are_seen_where_asked", propagation),
     Test::common("volumes::one_that_is_exchanged_tells_who_watches", exchanged),
     Test::common("volumes::a_read_only_root_gets_the_mount_points_it_lacks", read_only_root),
+    Test::common("volumes::one_at_dev_shm_is_the_users", at_dev_shm),
+    Test::common("volumes::containers_of_a_pod_meet_in_one", meet),
 ];
 
 /// A folder on the host with an empty file system mounted on its `below`.
@@ -149,6 +151,62 @@ fn read_only_root(t: &mut Context<'_>) -> Result<()> {
     ensure!(seen.starts_with("below\np\n"), "{seen}");
     ensure!(seen.contains("Read-only file system"), "{seen}");
     t.remove_pod(&pod)
+}
+
+fn at_dev_shm(t: &mut Context<'_>) -> Result<()> {
+    // As an emptyDir of this name has it.
+    let volume = t.dir().join("shm");
+    fs::create_dir(&volume)?;
+    fs::write(volume.join("mine"), "mine")?;
+    let pod = t.pod("p", |_| {})?;
+    let mounts = json!([{"host_path": volume, "container_path": "/dev/shm"}]);
+    let id = t.create_in(&pod, "a", SLEEPER, |c| c["mounts"] = mounts)?;
+    t.crictl_ok(&["start", &id])?;
+    let seen = t.exec_in(&id, "cat /dev/shm/mine; echo from the pod >/dev/shm/yours")?;
+    ensure!(seen == "mine", "{seen}");
+    ensure!(fs::read_to_string(volume.join("yours"))? == "from the pod\n", "it is not the volume");
+    t.remove_pod(&pod)
+}
+
+/// A volume of several containers is one file system to them: what needs one kernel to meet does meet.
+fn meet(t: &mut Context<'_>) -> Result<()> {
+    let watcher =
+        std::env::var("BULKHEAD_TEST_WATCHER").context("BULKHEAD_TEST_WATCHER names the watcher")?;
+    let volume = t.dir().join("scratch");
+    fs::create_dir(&volume)?;
+    let pod = t.pod("p", |_| {})?;
+    let container = |name: &str, read_only: bool| -> Result<String> {
+        let mounts = json!([
+            {"host_path": volume, "container_path": "/scratch", "readonly": read_only},
+            {"host_path": watcher, "container_path": "/watcher", "readonly": true},
+        ]);
+        let id = t.create_in(&pod, name, SLEEPER, |c| c["mounts"] = mounts)?;
+        t.crictl_ok(&["start", &id])?;
+        Ok(id)
+    };
+    // The one that only reads comes first, as what ships logs does.
+    let reader = container("reader", true)?;
+    let (one, two) = (container("one", false)?, container("two", false)?);
+
+    let watch = t.crictl()?.args(["exec", &reader, "/watcher", "/scratch"]).spawn()?;
+    watch.wait_for_text("watching\n")?;
+    t.exec_in(&one, "mkfifo /scratch/new && mv /scratch/new /scratch/fifo")?;
+    watch.wait_for_text("fifo")?;
+
+    let pipe = t.crictl()?.args(["exec", &two, "cat", "/scratch/fifo"]).spawn()?;
+    t.exec_in(&one, "echo through the pipe >/scratch/fifo")?;
+    pipe.wait_for_text("through the pipe\n")?;
+
+    let refused = t.exec_in(&reader, "touch /scratch/x 2>&1; true")?;
+    ensure!(refused.contains("Read-only file system"), "{refused}");
+    // It goes on without the container that came with it.
+    t.crictl_ok(&["rm", "--force", &one])?;
+    t.exec_in(&two, "echo still here >/scratch/note")?;
+    ensure!(t.exec_in(&reader, "cat /scratch/note")? == "still here");
+    ensure!(fs::read_to_string(volume.join("note"))? == "still here\n", "the host does not see it");
+    t.remove_pod(&pod)?;
+    fs::remove_dir_all(&volume).context("the volume is in use after its pod")?;
+    Ok(())
 }
 
 /// As Kubernetes writes a ConfigMap: a folder for the version, a link to it, and a link for each file.

@@ -27,7 +27,7 @@ use crate::{
     plan::{self, ContainerPlan, Limits, Role},
     process,
     stdio::Tokens,
-    storage::{PodFiles, Share, Volume},
+    storage::{PodFiles, Share, ShareError, Shown, Volume},
 };
 
 /// Below a sandbox's directory: the empty root of what stands for a pod.
@@ -67,11 +67,20 @@ impl Host {
         let mut volumes = Vec::new();
         // Nothing runs in the root of a container that only stands for its pod.
         if role != Role::Sandbox {
-            let (mixed, found) = self.share_files(&request, &plan).await?;
+            let (shown, found) = self.share_files(&request, &plan).await?;
             volumes = found;
-            for slot in mixed {
-                plan.leave_to_host(&request.id, slot);
-                volumes.retain(|volume| volume.slot != slot);
+            for (slot, shown) in shown {
+                match shown {
+                    Shown::Own => {}
+                    Shown::Mixed => {
+                        plan.leave_to_host(&request.id, slot);
+                        volumes.retain(|volume| volume.slot != slot);
+                    }
+                    Shown::At(place) => {
+                        plan.is_at(&request.id, slot, &place);
+                        volumes.retain(|volume| volume.slot != slot);
+                    }
+                }
             }
         }
         let subject = hooks::Subject {
@@ -84,20 +93,20 @@ impl Host {
         Ok(role)
     }
 
-    /// Answers the numbers of the bind mounts of which the host alone can say what is read-only, and those that it
-    /// exchanges as a whole.
+    /// Answers where the guest finds each of the bind mounts, by their numbers, and those that the host exchanges as a
+    /// whole.
     async fn share_files(
         &self,
         request: &CreateRequest,
         plan: &ContainerPlan,
-    ) -> Result<(Vec<usize>, Vec<Volume>), Fault> {
+    ) -> Result<(Vec<(usize, Shown)>, Vec<Volume>), Fault> {
         let (id, rootfs) = (request.id.clone(), request.rootfs.clone());
         // With mounts the root is where containerd will unmount it; without, it is what the spec names.
         let root = request.bundle.join(if rootfs.is_empty() { &plan.root_path } else { Path::new("rootfs") });
         let (binds, read_only) = (plan.binds.clone(), plan.root_read_only);
         let points = plan.mount_points();
         let share = Share::new(self.dir.join("share"));
-        let ledger = self.ledger.clone();
+        let (ledger, places) = (self.ledger.clone(), self.places.clone());
         // Mounting may block on the host's storage; the driver must not.
         let work = tokio::task::spawn_blocking(move || {
             let mut guard = lock(&ledger);
@@ -110,14 +119,13 @@ impl Host {
             share
                 .add_root(ledger, &id, &root, &rootfs, read_only, &points)
                 .map_err(|e| Fault::of(Kind::Internal, &e))?;
-            let mut mixed = Vec::new();
+            let mut places = lock(&places);
+            let mut shown = Vec::new();
             for bind in &binds {
-                let added = share.add_bind(ledger, &id, bind);
-                if added.map_err(|e| Fault::of(Kind::InvalidArgument, &e))? {
-                    mixed.push(bind.slot);
-                }
+                let added = share.add_bind(ledger, &mut places, &id, bind);
+                shown.push((bind.slot, added.map_err(|e| Fault::of(Kind::InvalidArgument, &e))?));
             }
-            Ok((mixed, binds.iter().filter_map(Volume::of).collect()))
+            Ok((shown, binds.iter().filter_map(Volume::of).collect()))
         });
         work.await.unwrap_or_else(|e| Err(Fault::internal("prepare the container's files", &e)))
     }
@@ -362,14 +370,19 @@ impl Host {
         if let Some(stand_in) = stand_in {
             stand_in.stop().await;
         }
-        let (ledger, name) = (self.ledger.clone(), id.to_string());
+        let (ledger, places, id_there) = (self.ledger.clone(), self.places.clone(), id.clone());
+        let share = Share::new(self.dir.join("share"));
         let work = tokio::task::spawn_blocking(move || {
-            let Some(ours) = lock(&ledger).as_ref().map(|ledger| ledger.of_container(&name)) else {
+            let Some(ours) = lock(&ledger).as_ref().map(|ledger| ledger.of_container(id_there.as_str()))
+            else {
                 return Ok(());
             };
             let ours = ours?;
             let left = ledger::release(&ours);
-            lock(&ledger).as_mut().map_or(Ok(()), |ledger| ledger.forget(&ours, left))
+            let Some(ledger) = &mut *lock(&ledger) else { return Ok(()) };
+            let forgotten = ledger.forget(&ours, left);
+            let gone = share.leave_places(ledger, &mut lock(&places), &id_there);
+            forgotten.map_err(ShareError::from).and(gone)
         });
         match work.await {
             Ok(Ok(())) => {}
