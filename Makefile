@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env k8s k8s-down build bundle installer image kernel parts test test-k8s test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node
+.PHONY: help run up down env k8s k8s-down build bundle installer image kernel parts test test-k8s test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node bench-k8s
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +67,9 @@ bench-kvm: ## what a machine on KVM costs, as counts that repeat; in a node VM
 
 bench-node: ## times and memory of pods on KVM beside runc, as ratios; in a node VM
 	@tests/perf/node
+
+bench-k8s: ## times and memory of pods of Kubernetes beside runc, as a table and JSON
+	@tests/perf/k8s
 
 node: ## a shell in a VM whose /dev/kvm is real (emulated SVM); it stays up
 	@tests/node/shell

@@ -1,6 +1,6 @@
 //! On what was measured: without it no figure means anything.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, ensure};
@@ -31,7 +31,7 @@ pub(crate) struct Host {
 
 impl Host {
     /// Looks at this machine, with the operator's command under test.
-    pub(crate) fn look(bulkhead: &Path, config: &Path, address: &Path, commit: &str) -> anyhow::Result<Self> {
+    pub(crate) fn look(operator: &Operator, commit: &str) -> anyhow::Result<Self> {
         let cpuinfo = read("/proc/cpuinfo");
         let acceleration = match probe::acceleration() {
             probe::Acceleration::Hardware { how } => format!("hardware: {how}"),
@@ -49,22 +49,38 @@ impl Host {
             kvm_create_vm_seconds: probe::probe(Path::new(probe::DEVICE))
                 .ok()
                 .map(|probe| probe.create_vm.as_secs_f64()),
-            check: ask(bulkhead, config, address, "check")?,
-            versions: ask(bulkhead, config, address, "version")?,
+            check: operator.ask("check")?,
+            versions: operator.ask("version")?,
             commit: commit.to_owned(),
         })
     }
 }
 
-/// What the operator's command answers to one of its subcommands.
-pub(crate) fn ask(bulkhead: &Path, config: &Path, address: &Path, name: &str) -> anyhow::Result<Value> {
-    let mut command = Command::new(bulkhead);
-    command.env("BULKHEAD_CONFIG", config).env("CONTAINERD_ADDRESS", address);
-    let output = command.args([name, "--output", "json"]).output();
-    let output = output.with_context(|| format!("cannot start {}", bulkhead.display()))?;
-    // A failed fact is an exit status of 1 with an answer all the same.
-    ensure!(!output.stdout.is_empty(), "bulkhead {name}: {}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).with_context(|| format!("bulkhead {name} --output json"))
+/// The operator's command, `bulkhead`, and how it is run.
+#[derive(Debug)]
+pub(crate) struct Operator {
+    pub(crate) program: PathBuf,
+    /// Arguments before its own, where the program is one that runs it elsewhere.
+    pub(crate) before: Vec<&'static str>,
+    pub(crate) environment: Vec<(&'static str, PathBuf)>,
+}
+
+impl Operator {
+    /// What it answers to one of its subcommands.
+    ///
+    /// # Errors
+    /// It cannot be started, or answers nothing that can be read.
+    pub(crate) fn ask(&self, name: &str) -> anyhow::Result<Value> {
+        let mut command = Command::new(&self.program);
+        command.args(&self.before).args([name, "--output", "json"]);
+        for (name, value) in &self.environment {
+            command.env(name, value);
+        }
+        let output = command.output().with_context(|| format!("cannot start {}", self.program.display()))?;
+        // A failed fact is an exit status of 1 with an answer all the same.
+        ensure!(!output.stdout.is_empty(), "bulkhead {name}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).with_context(|| format!("bulkhead {name} --output json"))
+    }
 }
 
 /// The load over the last minute.

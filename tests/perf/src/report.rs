@@ -9,6 +9,9 @@ use crate::memory::Growth;
 use crate::stats::{Ratio, Summary};
 use crate::timeline::Span;
 
+/// Bytes in one.
+pub(crate) const MIB: f64 = (1 << 20) as f64;
+
 /// What figures are counted in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -19,15 +22,18 @@ pub(crate) enum Unit {
     DecimalBytes,
     /// Times runc's figure.
     TimesRunc,
+    /// Seconds more than runc's figure.
+    SecondsMore,
 }
 
 impl Unit {
     fn show(self, value: f64) -> String {
         match self {
             Self::Seconds => format!("{value:.3} s"),
-            Self::Bytes => format!("{:.1} MiB", value / f64::from(1 << 20)),
+            Self::Bytes => format!("{:.1} MiB", value / MIB),
             Self::DecimalBytes => format!("{:.1} MB", value / 1e6),
             Self::TimesRunc => format!("{value:.2} x"),
+            Self::SecondsMore => format!("{value:.3} s more"),
         }
     }
 }
@@ -85,6 +91,7 @@ impl Measure {
     fn figure(&self, unit: Unit) -> Option<f64> {
         match unit {
             Unit::TimesRunc => self.ratio.as_ref().map(|ratio| ratio.ratio),
+            Unit::SecondsMore => Some(self.bulkhead.as_ref()?.median - self.runc.as_ref()?.median),
             _ => self.bulkhead.as_ref().map(|summary| summary.median),
         }
     }
@@ -210,6 +217,17 @@ mod tests {
             Measure::alone("m", Unit::Seconds, &[]).at_most(1.0, Unit::Seconds).verdict(),
             "not measured"
         );
+    }
+
+    #[test]
+    fn a_target_may_be_seconds_more_than_runcs() {
+        let measure = |seconds| {
+            Measure::beside("ready", Unit::Seconds, &[1.0, 1.0], &[seconds, seconds])
+                .at_most(1.5, Unit::SecondsMore)
+        };
+        assert_eq!(measure(2.4).verdict(), "met");
+        assert_eq!(measure(2.8).verdict(), "missed by 0.300 s more (20 %)");
+        assert_eq!(measure(2.8).row()[4], "<= 1.500 s more");
     }
 
     #[test]
