@@ -151,10 +151,15 @@ fn lines(count: usize, batch: &Batch) -> [Measure; 2] {
         10 => ten,
         _ => other,
     };
-    let ready = name("created to Ready, 1 pod", "- 5 at once", "- 10 at once", "- more at once");
-    let gone = name("deleted to gone, 1 pod", "- 5 at once", "- 10 at once", "- more at once");
+    let ready =
+        name("created to Ready, 1 pod", "- 5 pods at once", "- 10 pods at once", "- more pods at once");
+    let gone = name("deleted to gone, 1 pod", "- 5 pods at once", "- 10 pods at once", "- more pods at once");
     let ready = Measure::beside(ready, Unit::Seconds, &batch.ready.runc, &batch.ready.bulkhead);
     let gone = Measure::beside(gone, Unit::Seconds, &batch.gone.runc, &batch.gone.bulkhead);
+    let gone = gone.with_note(
+        "deleted at the moment when the last pod is ready; the kubelet looks at containers once a second, and begins only \
+         when it has looked once more",
+    );
     [if count == 1 { ready.at_most(1.5, Unit::SecondsMore) } else { ready }, gone]
 }
 
