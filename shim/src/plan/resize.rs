@@ -8,6 +8,7 @@
 //! ```
 //! The workload is what the pod stated as the sum over its containers, or the configuration's default. Where the pod
 //! stated it, a change of a container's limit changes it as well: it is that sum. The default is nobody's sum and stays.
+//! A container without a limit is in no sum: where others have one, the default comes on top, once for all of these.
 
 use std::collections::BTreeMap;
 
@@ -141,10 +142,20 @@ impl Claims {
         (vcpus, memory.max(SizeMib(workload.0.saturating_add(reserve.0))))
     }
 
+    /// What containers without a limit get beside those that have one. It is promised to nobody.
+    fn for_the_unlimited(&self) -> SizeMib {
+        let unlimited = self.containers.values().any(|limits| limits.memory.is_none());
+        match self.stated.memory {
+            Some(_) if unlimited => self.sizing.default_memory,
+            _ => SizeMib(0),
+        }
+    }
+
     /// The size for containers that may be promised more than there is, as when a pod is made: what cannot be had
     /// is left out.
     pub fn nearest(&self) -> Size {
         let (vcpus, memory) = self.asked();
+        let memory = SizeMib(memory.0.saturating_add(self.for_the_unlimited().0));
         Size {
             vcpus: vcpus.min(self.sizing.max_vcpus.into()) as u32,
             memory: memory.min(self.sizing.max_memory),

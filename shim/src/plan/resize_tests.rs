@@ -11,6 +11,7 @@ const SIZING: Sizing = Sizing {
     max_vcpus: 4,
     max_memory: SizeMib(8192),
     stated: Limits { memory: None, cpu_millis: None },
+    default_memory: SizeMib(1024),
 };
 
 fn id(name: &str) -> ContainerId {
@@ -46,6 +47,24 @@ fn the_sum_of_the_limits_counts_and_the_default_stays() {
     let claims = claims.with(&id("b"), limits(1024, 2000));
     assert_eq!(claims.nearest(), size(3, 1664));
     assert_eq!(claims.without(&id("b")).nearest(), size(1, 1152));
+}
+
+#[test]
+fn containers_without_a_limit_get_the_default_beside_those_that_have_one() {
+    let stated = Limits { memory: Some(100 * MIB), cpu_millis: None };
+    let booted = Sizing { memory: SizeMib(228), stated, ..SIZING };
+    let claims = Claims::new(booted).with(&id("a"), limits(100, 100));
+    assert_eq!(claims.nearest(), size(1, 228));
+    let unlimited = Limits { memory: None, ..limits(1, 100) };
+    let more = claims.with(&id("b"), unlimited);
+    assert_eq!(more.added(&id("b"), claims.nearest()).unwrap(), size(1, 1252));
+    assert_eq!(more.with(&id("c"), unlimited).nearest(), size(1, 1252), "once for all of them");
+    assert_eq!(more.without(&id("b")).nearest(), size(1, 228));
+    // It is no promise: who asks for nothing is not refused for it.
+    let small = Claims::new(Sizing { max_memory: SizeMib(300), ..booted }).with(&id("b"), unlimited);
+    assert_eq!(small.added(&id("b"), size(1, 228)).unwrap(), size(1, 300));
+    // Where nobody has stated anything the default is there already.
+    assert_eq!(Claims::new(SIZING).with(&id("b"), unlimited).nearest(), size(1, 1152));
 }
 
 #[test]

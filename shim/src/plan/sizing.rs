@@ -35,6 +35,8 @@ pub struct Sizing {
     pub max_memory: SizeMib,
     /// What the pod has stated for its workload; what it has not is the configuration's default.
     pub stated: Limits,
+    /// The configuration's default for a workload's memory.
+    pub default_memory: SizeMib,
 }
 
 /// Processors that a machine has room for unless `sandbox.max_vcpus` says how many: the descriptions of so many fit
@@ -130,6 +132,7 @@ fn fit(config: &Config, memory: Option<i64>, cpus: Option<(i64, i64)>, facts: &H
         max_vcpus: max_vcpus.max(vcpus),
         max_memory: max_memory.max(memory),
         stated: Limits { memory: limit, cpu_millis },
+        default_memory: SizeMib(config.sandbox.memory_mib),
     }
 }
 

@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("resize::containers_that_come_and_go_do_so", WHY, come_and_go),
     Test::bulkhead("resize::more_than_there_can_be_is_refused_and_nothing_changes", WHY, refused),
     Test::bulkhead("resize::processors_that_a_pod_has_stated_can_go", WHY, stated),
+    Test::bulkhead("resize::a_container_without_a_limit_gets_the_default_beside_others", WHY, unlimited),
 ];
 
 /// Bytes in a MiB.
@@ -137,6 +138,20 @@ fn refused(t: &mut Context<'_>) -> Result<()> {
 fn state(t: &Context<'_>, id: &str) -> Result<(String, u64, [Value; 2])> {
     let told = machine(t)?;
     Ok((t.exec_in(id, LIMITS)?, mem_total(t, id)?, [told["vcpus"].clone(), told["memory_mib"].clone()]))
+}
+
+/// The pod's sum is of the one container that has a limit, as the kubelet states it.
+fn unlimited(t: &mut Context<'_>) -> Result<()> {
+    let pod = t.pod("p", |p| p["linux"]["resources"] = limits(100, 100_000))?;
+    let a = t.create_in(&pod, "a", SLEEPER, |c| c["linux"]["resources"] = limits(100, 100_000))?;
+    t.crictl_ok(&["start", &a])?;
+    let before = mem_total(t, &a)?;
+    ensure!(before < 300, "{before} MiB");
+    let b = t.run_in(&pod, "b", SLEEPER)?;
+    let after = mem_total(t, &b)?;
+    ensure!((before + 900..before + 1100).contains(&after), "{before} MiB became {after}");
+    t.crictl_ok(&["rm", "--force", &b])?;
+    t.remove_pod(&pod)
 }
 
 /// Two processors at boot, by the sum that the pod states; an update of its container leaves one.
