@@ -149,7 +149,8 @@ fn unlimited(t: &mut Context<'_>) -> Result<()> {
     ensure!(before < 300, "{before} MiB");
     let b = t.run_in(&pod, "b", SLEEPER)?;
     let after = mem_total(t, &b)?;
-    ensure!((before + 900..before + 1100).contains(&after), "{before} MiB became {after}");
+    // The default, what describes its pages, and what fills the last block in emulation.
+    ensure!((before + 1000..before + 1200).contains(&after), "{before} MiB became {after}");
     t.crictl_ok(&["rm", "--force", &b])?;
     t.remove_pod(&pod)
 }
