@@ -10,9 +10,12 @@
 
 use std::{
     collections::BTreeMap,
-    fs::Metadata,
+    fs::{self, File},
     io,
-    os::unix::fs::MetadataExt,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -25,9 +28,10 @@ use crate::{
 /// What makes two bind mounts one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Same {
-    source: PathBuf,
     /// Device and number of the file: another one may have taken the name.
     file: (u64, u64),
+    /// The number of the mount that it is in: another one may be read-only, or have other mounts below it.
+    mount: u64,
     recursive: bool,
     follows_host: bool,
     owners: Option<(IdMaps, bool)>,
@@ -95,8 +99,10 @@ impl Candidate {
     /// say of its own on that, which is not for others.
     ///
     /// # Errors
-    /// The mounts of the host cannot be read.
-    pub fn of(bind: &Bind, facts: &Metadata) -> io::Result<Option<Self>> {
+    /// The source, or the mounts of the host, cannot be looked at.
+    pub fn of(bind: &Bind) -> io::Result<Option<Self>> {
+        let file = File::options().read(true).custom_flags(libc::O_PATH).open(&bind.source)?;
+        let facts = file.metadata()?;
         let real = bind.source.canonicalize()?;
         let mut below = mount_points()?;
         below.retain(|point| *point != real && point.starts_with(&real));
@@ -111,8 +117,8 @@ impl Candidate {
             below.clear();
         }
         let same = Same {
-            source: bind.source.clone(),
             file: (facts.dev(), facts.ino()),
+            mount: mount_of(&file)?,
             recursive: bind.recursive,
             follows_host: bind.follows_host,
             owners: bind.owners.clone(),
@@ -185,6 +191,13 @@ impl Places {
     }
 }
 
+/// The number of the mount that an open file is in (proc_pid_fdinfo(5)).
+fn mount_of(file: &File) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
+    let number = text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+    number.ok_or_else(|| io::Error::other("the kernel does not tell the mount of an open file"))
+}
+
 /// The folder of all places in a share.
 pub(super) fn folder(share: &Path) -> PathBuf {
     share.join(NAME)
@@ -213,16 +226,15 @@ mod tests {
     }
 
     fn candidate(bind: &Bind) -> Candidate {
-        let facts = std::fs::metadata(&bind.source).unwrap();
-        Candidate::of(bind, &facts).unwrap().unwrap()
+        Candidate::of(bind).unwrap().unwrap()
     }
 
     #[test]
     fn containers_share_what_is_the_same_and_the_last_takes_it_along() {
         let dir = tempfile::tempdir().unwrap();
         let (both, other) = (dir.path().join("both"), dir.path().join("other"));
-        std::fs::create_dir(&both).unwrap();
-        std::fs::create_dir(&other).unwrap();
+        fs::create_dir(&both).unwrap();
+        fs::create_dir(&other).unwrap();
         let mut places = Places::default();
         let writing = bind(&both, ReadOnly::No);
         assert_eq!(places.take(&id("a"), candidate(&writing)), (1, Step::Make));
@@ -233,6 +245,13 @@ mod tests {
             "at another point of its own"
         );
         assert_eq!(places.take(&id("b"), candidate(&bind(&other, ReadOnly::No))), (2, Step::Make));
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("both", &link).unwrap();
+        assert_eq!(
+            places.take(&id("b"), candidate(&bind(&link, ReadOnly::No))),
+            (1, Step::Nothing),
+            "by a link"
+        );
         let following = Bind { follows_host: true, ..writing.clone() };
         assert_eq!(places.take(&id("b"), candidate(&following)), (3, Step::Make), "shows other mounts");
         assert_eq!(places.left_by(&id("a")), []);
@@ -251,11 +270,11 @@ mod tests {
     fn another_file_of_the_same_name_is_another_place() {
         let dir = tempfile::tempdir().unwrap();
         let (file, kept) = (dir.path().join("file"), dir.path().join("kept"));
-        std::fs::write(&file, "").unwrap();
+        fs::write(&file, "").unwrap();
         let mut places = Places::default();
         assert_eq!(places.take(&id("a"), candidate(&bind(&file, ReadOnly::No))).0, 1);
-        std::fs::rename(&file, kept).unwrap();
-        std::fs::write(&file, "").unwrap();
+        fs::rename(&file, kept).unwrap();
+        fs::write(&file, "").unwrap();
         assert_eq!(places.take(&id("b"), candidate(&bind(&file, ReadOnly::No))).0, 2);
     }
 
@@ -281,10 +300,9 @@ mod tests {
     #[test]
     fn what_is_read_only_with_all_below_is_nobody_elses() {
         let below = bind(Path::new("/proc"), ReadOnly::WithAllBelow);
-        let facts = std::fs::metadata("/proc").unwrap();
-        assert!(Candidate::of(&below, &facts).unwrap().is_none());
+        assert!(Candidate::of(&below).unwrap().is_none());
         // /proc, /dev and others are mounted below it.
         let root = bind(Path::new("/"), ReadOnly::Itself);
-        assert!(Candidate::of(&root, &std::fs::metadata("/").unwrap()).unwrap().is_none());
+        assert!(Candidate::of(&root).unwrap().is_none());
     }
 }

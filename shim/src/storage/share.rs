@@ -197,7 +197,7 @@ impl Share {
             None
         } else {
             let look = |source: io::Error| ShareError::Below { path: bind.source.clone(), source };
-            Candidate::of(bind, &facts).map_err(look)?
+            Candidate::of(bind).map_err(look)?
         };
         if let Some(candidate) = candidate {
             return self.add_to_place(ledger, places, id, bind, facts.is_dir(), candidate);
