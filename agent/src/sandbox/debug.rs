@@ -194,19 +194,20 @@ impl Sandbox {
         Ok(())
     }
 
-    /// What it has started goes with it.
+    /// What it has started goes with it, and has gone when the end is told.
     pub(super) fn tell_debug_exit(&self, exec: &str, end: End) {
         let (cgroup, name) = (cgroup::debug_path(exec), name(exec));
         if let Err(e) = cgroup::kill(&cgroup) {
             tracing::error!("kill what is left of {name}: {e}");
         }
         self.state().debug.running.remove(exec);
-        self.events.exit("", exec, end.status, end.at_unix_nanos);
+        let (events, exec) = (self.events.clone(), exec.to_owned());
         tokio::spawn(async move {
             let emptied = cgroup::emptied(&cgroup, DEADLINE).await;
             if let Err(e) = emptied.and_then(|()| cgroup::remove(&cgroup)) {
                 tracing::warn!("remove the cgroup of {name}: {e}");
             }
+            events.exit("", &exec, end.status, end.at_unix_nanos);
         });
     }
 }
