@@ -8,6 +8,7 @@ use anyhow::{Context, ensure};
 use clap::Args;
 
 use crate::ctr::{Ctr, Runtime};
+use crate::files::{self, Files};
 use crate::host::{self, Operator};
 use crate::memory::{self, Growth, Point};
 use crate::pods::{AT_ONCE, Crictl, Pods};
@@ -20,6 +21,9 @@ pub(crate) struct Arguments {
     /// Rounds; each measures both runtimes, in turns first
     #[arg(long, default_value_t = 12)]
     rounds: usize,
+    /// Rounds of what files of the host cost; 0 skips it
+    #[arg(long, default_value_t = 4)]
+    file_rounds: usize,
     /// Numbers of idle pods at which memory is measured; none skips it
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8")]
     pods: Vec<usize>,
@@ -160,6 +164,13 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
         Some(program) => Some(of_cri(arguments, program, &mut problems, &mut left_behind).await),
         None => None,
     };
+    let mut of_files = Files::default();
+    if arguments.file_rounds > 0 {
+        eprintln!("files: {} rounds", arguments.file_rounds);
+        let folder = arguments.output.join("files");
+        let outcome = files::measure(bench.ctr(), &folder, arguments.file_rounds, &mut of_files).await;
+        or_gap(&mut problems, "files", outcome);
+    }
     let (memory_runc, memory_bulkhead) = (idle_runc.growth(), idle.growth());
     let size = |path: &PathBuf| fs::metadata(path).map(|file| file.len() as f64).ok();
     let growth = |pick: fn(&Growth) -> Option<f64>| {
@@ -207,6 +218,7 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
         slope("- by MemAvailable", |growth| growth.available_per_pod),
     ];
     measures.extend(pods.iter().flat_map(|pods| steps(pods, kvm)));
+    measures.extend(of_files.lines());
     Report {
         host,
         start_state: "warm cache",

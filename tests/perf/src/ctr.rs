@@ -59,7 +59,7 @@ pub(crate) struct Ctr {
 impl Ctr {
     /// Runs a container to its end and removes it.
     pub(crate) async fn run(&self, runtime: Runtime, id: &str, command: &[&str]) -> anyhow::Result<Run> {
-        self.start(runtime, "--rm", id, command).await
+        self.start(runtime, &["--rm"], id, command).await
     }
 
     /// Starts a container that stays.
@@ -69,11 +69,31 @@ impl Ctr {
         id: &str,
         command: &[&str],
     ) -> anyhow::Result<Run> {
-        self.start(runtime, "--detach", id, command).await
+        self.start(runtime, &["--detach"], id, command).await
     }
 
-    async fn start(&self, runtime: Runtime, mode: &str, id: &str, command: &[&str]) -> anyhow::Result<Run> {
-        let mut arguments = vec!["run", mode, "--runtime", runtime.kind()];
+    /// Starts a container that idles, with a folder of the host.
+    pub(crate) async fn run_with_folder(
+        &self,
+        runtime: Runtime,
+        id: &str,
+        folder: &Path,
+        at: &str,
+    ) -> anyhow::Result<()> {
+        let mount = format!("type=bind,src={},dst={at},options=rbind:rw", folder.display());
+        let flags = ["--detach", "--mount", &mount];
+        self.start(runtime, &flags, id, &["sleep", "100000"]).await.map(drop)
+    }
+
+    async fn start(
+        &self,
+        runtime: Runtime,
+        flags: &[&str],
+        id: &str,
+        command: &[&str],
+    ) -> anyhow::Result<Run> {
+        let mut arguments = vec!["run", "--runtime", runtime.kind()];
+        arguments.extend(flags);
         arguments.extend([self.image.as_str(), id]);
         arguments.extend(command);
         self.call(&arguments).await

@@ -4,6 +4,7 @@
 mod cluster;
 mod containers;
 mod ctr;
+mod files;
 mod host;
 mod memory;
 mod pods;

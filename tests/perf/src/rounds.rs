@@ -65,6 +65,11 @@ impl Bench {
         Self { ctr, counter: Cell::new(0), ids: RefCell::default(), live: RefCell::default() }
     }
 
+    /// The client.
+    pub(crate) fn ctr(&self) -> &Ctr {
+        &self.ctr
+    }
+
     /// A name that nobody else uses.
     fn id(&self, runtime: Runtime) -> String {
         self.counter.set(self.counter.get() + 1);
