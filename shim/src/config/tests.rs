@@ -105,7 +105,7 @@ fn a_key_like_no_other_lists_what_there_is() {
     assert_eq!(
         message("[zzzzzzzzzzzz]\na = 1"),
         "c.toml:1:2: unknown key `zzzzzzzzzzzz`; \
-         the sections are `[hypervisor]`, `[sandbox]`, `[network]`, `[agent]`, `[annotations]`"
+         the sections are `[hypervisor]`, `[sandbox]`, `[network]`, `[storage]`, `[agent]`, `[annotations]`"
     );
 }
 
