@@ -37,8 +37,8 @@ async fn a_create_that_fails_says_why_and_leaves_nothing() {
         ),
         (
             "/process/apparmorProfile",
-            json!("docker-default"),
-            r#"process.apparmorProfile: the guest has no profile "docker-default""#,
+            json!("my-own"),
+            r#"process.apparmorProfile: the guest has no profile "my-own""#,
         ),
         ("/linux/sysctl", json!({"kernel.panic": "1"}), "sysctl"),
         ("/linux/resources", json!({"memory": {"limit": -7}}), "cgroup error: invalid memory value -7"),
