@@ -23,6 +23,8 @@ const OURS: &str = "only a machine has room for some number of disks";
 struct Device {
     path: String,
     file: PathBuf,
+    /// Its number is ours only as long as this holds.
+    attached: bool,
 }
 
 impl Device {
@@ -33,11 +35,12 @@ impl Device {
         content[..=name.len()].copy_from_slice(format!("{name}\n").as_bytes());
         fs::write(&file, content)?;
         let path = Run::new("losetup").args(["--find", "--show"]).arg(&file).output()?.ok()?.out();
-        Ok(Self { path, file })
+        Ok(Self { path, file, attached: true })
     }
 
     /// Whether the host's kernel could let go of it at once: nobody has it open.
-    fn detach(&self) -> Result<bool> {
+    fn detach(&mut self) -> Result<bool> {
+        self.attached = false;
         Run::new("losetup").arg("--detach").arg(&self.path).output()?.ok()?;
         let left = Run::new("losetup").arg("--associated").arg(&self.file).output()?.ok()?.out();
         Ok(left.is_empty())
@@ -46,7 +49,9 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        let _ = self.detach();
+        if self.attached {
+            let _ = self.detach();
+        }
     }
 }
 
@@ -63,7 +68,7 @@ fn written_and_given_back(t: &mut Context<'_>) -> Result<()> {
     let pod = t.pod("p", |_| {})?;
     // Each takes the place of the one before, and has another size.
     for (name, mib) in [("first", 2), ("second", 5)] {
-        let device = Device::new(t, name, mib)?;
+        let mut device = Device::new(t, name, mib)?;
         let id = with_devices(t, &pod, name, &[(&device, "rwm")])?;
         let said = t.exec_in(&id, "head -n 1 /dev/disk0; wc -c </dev/disk0")?;
         ensure!(said == format!("{name}\n{}", mib << 20), "{said}");
