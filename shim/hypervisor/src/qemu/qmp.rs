@@ -11,6 +11,7 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
+    sync::mpsc,
 };
 
 /// How long a command may take: what it does is done in microseconds, but for what waits for a disk.
@@ -56,9 +57,26 @@ struct Refusal {
 /// One end of the talk.
 #[derive(Debug)]
 pub(super) struct Qmp {
-    from: Lines<BufReader<OwnedReadHalf>>,
+    /// Answers; closed when QEMU has gone, or says what is no QMP.
+    answers: mpsc::UnboundedReceiver<Line>,
     to: OwnedWriteHalf,
     last: u64,
+}
+
+/// Hands answers on, and reads away everything else: a guest can bring about events, which QEMU would have to keep for
+/// who does not listen. Each answer is to a command of ours.
+async fn listen(mut from: Lines<BufReader<OwnedReadHalf>>, answers: mpsc::UnboundedSender<Line>) {
+    while let Ok(Some(line)) = from.next_line().await {
+        match serde_json::from_str::<Line>(&line) {
+            Ok(line) if line.id.is_some() => {
+                if answers.send(line).is_err() {
+                    return;
+                }
+            }
+            Ok(_) => {}
+            Err(error) => return tracing::warn!(%error, "QEMU says what is no QMP"),
+        }
+    }
 }
 
 impl Qmp {
@@ -69,7 +87,10 @@ impl Qmp {
     pub(super) fn new(stream: StdStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let (from, to) = UnixStream::from_std(stream)?.into_split();
-        Ok(Self { from: BufReader::new(from).lines(), to, last: 0 })
+        let (send, answers) = mpsc::unbounded_channel();
+        // Ends with QEMU.
+        tokio::spawn(listen(BufReader::new(from).lines(), send));
+        Ok(Self { answers, to, last: 0 })
     }
 
     /// Has a command carried out. The first of a talk is made to be preceded by what QEMU wants to hear first.
@@ -87,8 +108,7 @@ impl Qmp {
         let asked = async {
             self.to.write_all(line.as_bytes()).await?;
             // An answer that came too late for the one before is passed over by its number.
-            while let Some(line) = self.from.next_line().await? {
-                let line: Line = serde_json::from_str(&line)?;
+            while let Some(line) = self.answers.recv().await {
                 if line.id == Some(id) {
                     return Ok(line.error);
                 }
