@@ -96,6 +96,7 @@ impl Disks {
         for disk in wanted {
             if let Some(known) = found.iter_mut().find(|known| known.disk.is(&disk)) {
                 known.disk.read_only &= disk.read_only;
+                known.serial = serial(&known.disk);
                 continue;
             }
             let BlockBinding { path: node } = binding(&disk)?;

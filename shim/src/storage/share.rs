@@ -20,9 +20,9 @@ use super::{
     mount::{self, MountError, mount, mount_owned},
     places::{self, Candidate, Farewell, Places, Step},
     points::make_point,
-    volume::Volume,
 };
 use crate::{
+    error::chain,
     ids::ContainerId,
     ledger::{self, Entry, Ledger, LedgerError},
     plan::{Bind, IdMaps, ReadOnly},
@@ -179,21 +179,21 @@ impl Share {
         Ok(())
     }
 
-    /// Shows one bind mount to the guest.
+    /// Shows one bind mount to the guest, for this container alone if it is to be its `own`.
     pub fn add_bind(
         &self,
         ledger: &mut Ledger,
         places: &mut Places,
         id: &ContainerId,
         bind: &Bind,
+        own: bool,
     ) -> Result<Shown, ShareError> {
         let facts = std::fs::metadata(&bind.source).map_err(|source| ShareError::Source {
             source_path: bind.source.clone(),
             destination: bind.destination.clone(),
             source: plain(source),
         })?;
-        // Of what the host exchanges as a whole each container has a copy.
-        let candidate = if Volume::of(bind).is_some() {
+        let candidate = if own {
             None
         } else {
             let look = |source: io::Error| ShareError::Below { path: bind.source.clone(), source };
@@ -274,13 +274,7 @@ impl Share {
 
     /// Takes back what a container had together with others, as far as it was the last to have it. What cannot be taken
     /// back remains in the ledger, and goes with the sandbox.
-    pub fn leave_places(
-        &self,
-        ledger: &mut Ledger,
-        places: &mut Places,
-        id: &ContainerId,
-    ) -> Result<(), ShareError> {
-        let mut all = Ok(());
+    pub fn leave_places(&self, ledger: &mut Ledger, places: &mut Places, id: &ContainerId) {
         for farewell in places.left_by(id) {
             let done = match farewell {
                 Farewell::Close(number) => mount::make_read_only(&self.place(number))
@@ -288,9 +282,10 @@ impl Share {
                     .map_err(ShareError::from),
                 Farewell::Unmount(number) => self.remove_place(ledger, number),
             };
-            all = all.and(done);
+            if let Err(error) = done {
+                tracing::error!(%id, "a volume of the pod: {}", chain(&error));
+            }
         }
-        all
     }
 
     fn remove_place(&self, ledger: &mut Ledger, number: usize) -> Result<(), ShareError> {

@@ -27,7 +27,7 @@ use crate::{
     plan::{self, ContainerPlan, Limits, Role},
     process,
     stdio::Tokens,
-    storage::{PodFiles, Share, ShareError, Shown, Volume},
+    storage::{PodFiles, Share, Shown, Volume},
 };
 
 /// Below a sandbox's directory: the empty root of what stands for a pod.
@@ -72,14 +72,8 @@ impl Host {
             for (slot, shown) in shown {
                 match shown {
                     Shown::Own => {}
-                    Shown::Mixed => {
-                        plan.leave_to_host(&request.id, slot);
-                        volumes.retain(|volume| volume.slot != slot);
-                    }
-                    Shown::At(place) => {
-                        plan.is_at(&request.id, slot, &place);
-                        volumes.retain(|volume| volume.slot != slot);
-                    }
+                    Shown::Mixed => plan.leave_to_host(&request.id, slot),
+                    Shown::At(place) => plan.is_at(&request.id, slot, &place),
                 }
             }
         }
@@ -120,12 +114,16 @@ impl Host {
                 .add_root(ledger, &id, &root, &rootfs, read_only, &points)
                 .map_err(|e| Fault::of(Kind::Internal, &e))?;
             let mut places = lock(&places);
-            let mut shown = Vec::new();
+            let (mut shown, mut volumes) = (Vec::new(), Vec::new());
             for bind in &binds {
-                let added = share.add_bind(ledger, &mut places, &id, bind);
-                shown.push((bind.slot, added.map_err(|e| Fault::of(Kind::InvalidArgument, &e))?));
+                // Of what the host exchanges as a whole each container has a copy.
+                let volume = Volume::of(bind);
+                let added = share.add_bind(ledger, &mut places, &id, bind, volume.is_some());
+                let added = added.map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
+                volumes.extend(volume.filter(|_| added == Shown::Own));
+                shown.push((bind.slot, added));
             }
-            Ok((shown, binds.iter().filter_map(Volume::of).collect()))
+            Ok((shown, volumes))
         });
         work.await.unwrap_or_else(|e| Err(Fault::internal("prepare the container's files", &e)))
     }
@@ -381,8 +379,8 @@ impl Host {
             let left = ledger::release(&ours);
             let Some(ledger) = &mut *lock(&ledger) else { return Ok(()) };
             let forgotten = ledger.forget(&ours, left);
-            let gone = share.leave_places(ledger, &mut lock(&places), &id_there);
-            forgotten.map_err(ShareError::from).and(gone)
+            share.leave_places(ledger, &mut lock(&places), &id_there);
+            forgotten
         });
         match work.await {
             Ok(Ok(())) => {}
