@@ -86,12 +86,7 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Err(error) = cluster.kubectl(&["delete", "pods", "-l", "perf", "--wait", "--timeout=120s"]).await {
         report.left_behind.push(format!("pods with the label perf: {error:#}"));
     }
-    let table = report.table();
-    fs::write(folder.join("result.json"), serde_json::to_string_pretty(&report)? + "\n")?;
-    fs::write(folder.join("table.txt"), &table)?;
-    println!("{table}\n{}: result.json, table.txt", folder.display());
-    ensure!(report.problems.is_empty(), "not everything could be measured");
-    Ok(())
+    report.save(folder, "")
 }
 
 async fn measure(cluster: &Cluster<'_>, host: Host) -> Report {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use clap::Args;
 
 use crate::ctr::{Ctr, Runtime};
@@ -95,14 +95,9 @@ pub(crate) async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let pods = operator.ask("ps")?;
     report.left_behind.extend(bench.left_behind(&pods));
 
-    let table = report.table();
     let drawn = timeline::svg("one start (ctr run … echo), the median of those measured", &report.timeline);
-    fs::write(folder.join("result.json"), serde_json::to_string_pretty(&report)? + "\n")?;
-    fs::write(folder.join("table.txt"), &table)?;
     fs::write(folder.join("timeline.svg"), drawn)?;
-    println!("{table}\n{}: result.json, table.txt, timeline.svg", folder.display());
-    ensure!(report.problems.is_empty(), "not everything could be measured");
-    Ok(())
+    report.save(folder, ", timeline.svg")
 }
 
 /// A configuration with a trace file set; as it was before once this is dropped.
@@ -168,7 +163,7 @@ async fn measure(arguments: &Arguments, bench: &Bench, host: host::Host, trace: 
     if arguments.file_rounds > 0 {
         eprintln!("files: {} rounds", arguments.file_rounds);
         let folder = arguments.output.join("files");
-        let outcome = files::measure(bench.ctr(), &folder, arguments.file_rounds, &mut of_files).await;
+        let outcome = files::measure(bench, &folder, arguments.file_rounds, &mut of_files).await;
         or_gap(&mut problems, "files", outcome);
     }
     let (memory_runc, memory_bulkhead) = (idle_runc.growth(), idle.growth());

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use anyhow::{Context, ensure};
 
-use crate::ctr::{Ctr, Runtime};
+use crate::ctr::Runtime;
 use crate::report::{Measure, Unit};
-use crate::rounds::{Times, order};
+use crate::rounds::{Bench, Times, order};
 
 /// Small files of one round.
 const MANY: usize = 10_000;
@@ -22,14 +22,14 @@ struct Step {
     script: String,
 }
 
-/// In their order: each finds what those before have left.
-fn steps() -> Vec<Step> {
+/// In their order: each finds what those before have left. `many` is how many small files there are.
+fn steps(many: usize) -> Vec<Step> {
     let step = |line, script: String| Step { line, script };
     vec![
         step(
             "files: create 10,000",
             format!(
-                "mkdir many && cd many && awk 'BEGIN {{ while (n++ < {MANY}) {{ print n >n; close(n) }} }}'"
+                "mkdir many && cd many && awk 'BEGIN {{ while (n++ < {many}) {{ print n >n; close(n) }} }}'"
             ),
         ),
         step("- stat 10,000", "ls -l many | tail -n 1 >/dev/null".into()),
@@ -54,7 +54,7 @@ impl Files {
         let line = |(step, times): (Step, &Times)| {
             Measure::beside(step.line, Unit::Seconds, &times.runc, &times.bulkhead)
         };
-        let mut lines: Vec<_> = steps().into_iter().zip(&self.0).map(line).collect();
+        let mut lines: Vec<_> = steps(MANY).into_iter().zip(&self.0).map(line).collect();
         if let Some(first) = lines.first_mut() {
             let note = "a bind mount of the host's disk; by one exec each, which is counted; caches are as the steps \
                         before have left them";
@@ -80,31 +80,25 @@ fn make_tree(folder: &Path) -> anyhow::Result<()> {
 }
 
 /// Measures in containers that stay for all rounds. After a failure `into` holds what was measured before it.
-pub(crate) async fn measure(ctr: &Ctr, folder: &Path, rounds: usize, into: &mut Files) -> anyhow::Result<()> {
-    let mut containers = Vec::new();
-    let result = in_containers(ctr, folder, rounds, into, &mut containers).await;
-    for (_, id) in containers {
-        ctr.remove(&id).await?;
-    }
+pub(crate) async fn measure(
+    bench: &Bench,
+    folder: &Path,
+    rounds: usize,
+    into: &mut Files,
+) -> anyhow::Result<()> {
+    let result = in_containers(bench, folder, rounds, into).await;
     let removed = fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()));
     result.and(removed)
 }
 
-async fn in_containers(
-    ctr: &Ctr,
-    folder: &Path,
-    rounds: usize,
-    into: &mut Files,
-    containers: &mut Vec<(Runtime, String)>,
-) -> anyhow::Result<()> {
-    let steps = steps();
+async fn in_containers(bench: &Bench, folder: &Path, rounds: usize, into: &mut Files) -> anyhow::Result<()> {
+    let steps = steps(MANY);
     into.0 = steps.iter().map(|_| Times::default()).collect();
+    let mut containers = Vec::new();
     for runtime in Runtime::ALL {
         let place = folder.join(runtime.name());
         make_tree(&place)?;
-        let id = format!("perf-{}-files-{}", std::process::id(), runtime.name());
-        ctr.run_with_folder(runtime, &id, &place, "/files").await?;
-        containers.push((runtime, id));
+        containers.push((runtime, bench.detached_with_folder(runtime, &place, "/files").await?));
     }
     for round in 0..rounds {
         for runtime in order(round) {
@@ -112,7 +106,7 @@ async fn in_containers(
             let id = id.context("both runtimes have a container")?;
             for (number, step) in steps.iter().enumerate() {
                 let script = format!("cd /files && {}", step.script);
-                let run = ctr.exec(&id, &format!("{round}-{number}"), &["sh", "-c", &script]).await?;
+                let run = bench.ctr().exec(&id, &format!("{round}-{number}"), &["sh", "-c", &script]).await?;
                 into.0[number].of(runtime).push(run.total.as_secs_f64());
             }
             let left = folder.join(runtime.name());
@@ -123,6 +117,10 @@ async fn in_containers(
                 removed.with_context(|| format!("cannot remove {}", path.display()))?;
             }
         }
+    }
+    // After a failure the bench removes them.
+    for (_, id) in containers {
+        bench.remove(&id).await?;
     }
     Ok(())
 }
@@ -140,10 +138,10 @@ mod tests {
                 std::process::Command::new("sh").args(["-c", script]).current_dir(dir.path()).status();
             assert!(status.unwrap().success(), "{script}");
         };
-        for step in steps().iter().filter(|step| !step.line.contains("1 GiB")) {
+        for step in steps(100).iter().filter(|step| !step.line.contains("1 GiB")) {
             shell(&step.script);
             if step.line.contains("create") {
-                assert_eq!(fs::read_dir(dir.path().join("many")).unwrap().count(), MANY);
+                assert_eq!(fs::read_dir(dir.path().join("many")).unwrap().count(), 100);
             }
         }
         assert!(!dir.path().join("many").exists());

@@ -1,7 +1,10 @@
 //! The answer: figures beside their targets, as a table for eyes and as JSON.
 
 use std::fmt::Write;
+use std::fs;
+use std::path::Path;
 
+use anyhow::ensure;
 use serde::Serialize;
 
 use crate::host::Host;
@@ -158,6 +161,19 @@ pub(crate) struct Report {
 }
 
 impl Report {
+    /// Writes result.json and table.txt, and shows the table; `more` is what else was written there.
+    ///
+    /// # Errors
+    /// A file cannot be written; or not everything could be measured, which is told at last.
+    pub(crate) fn save(&self, folder: &Path, more: &str) -> anyhow::Result<()> {
+        let table = self.table();
+        fs::write(folder.join("result.json"), serde_json::to_string_pretty(self)? + "\n")?;
+        fs::write(folder.join("table.txt"), &table)?;
+        println!("{table}\n{}: result.json, table.txt{more}", folder.display());
+        ensure!(self.problems.is_empty(), "not everything could be measured");
+        Ok(())
+    }
+
     /// The table, and below it the notes.
     pub(crate) fn table(&self) -> String {
         let heads = ["MEASURE", "RUNC", "BULKHEAD", "RATIO", "TARGET", "VERDICT"].map(str::to_owned);

@@ -95,6 +95,19 @@ impl Bench {
         Ok(id)
     }
 
+    /// The same with a folder of the host at `at`.
+    pub(crate) async fn detached_with_folder(
+        &self,
+        runtime: Runtime,
+        folder: &Path,
+        at: &str,
+    ) -> anyhow::Result<String> {
+        let id = self.id(runtime);
+        self.live.borrow_mut().push(id.clone());
+        self.ctr.run_with_folder(runtime, &id, folder, at).await?;
+        Ok(id)
+    }
+
     pub(crate) async fn remove(&self, id: &str) -> anyhow::Result<()> {
         self.ctr.remove(id).await?;
         self.live.borrow_mut().retain(|live| live != id);
