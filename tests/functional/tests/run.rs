@@ -6,6 +6,7 @@ use harness::{Context, Run, Test};
 pub(crate) const TESTS: &[Test] = &[
     Test::bulkhead("run::a_kernel_of_the_users_own", "runc has the host's", kernel_of_the_users_own),
     Test::common("run::exit_code_is_exact", exit_code_is_exact),
+    Test::common("run::programs_take_each_others_pages", each_others_pages),
     Test::common("run::killed_is_128_plus_signal", killed_is_128_plus_signal),
     Test::common("run::detached", detached),
     Test::common("run::env", env),
@@ -197,6 +198,29 @@ fn device_char(t: &mut Context) -> Result<()> {
     let output =
         t.run_rm(&[], &["sh", "-c", "mknod /tmp/fuse c 10 229 && exec 3<>/tmp/fuse"])?.expect_failure()?;
     output.expect_stderr(&["Operation not permitted"])?;
+    Ok(())
+}
+
+/// Programs that are linked to the same address, by turns in pages that another one had: each is what its file says,
+/// whatever a translator remembers of the page.
+fn each_others_pages(t: &mut Context) -> Result<()> {
+    let watcher =
+        std::env::var("BULKHEAD_TEST_WATCHER").context("BULKHEAD_TEST_WATCHER names the watcher")?;
+    let busybox = std::env::var("BULKHEAD_TEST_BUSYBOX").context("BULKHEAD_TEST_BUSYBOX names busybox")?;
+    let folder = t.dir().join("programs");
+    std::fs::create_dir_all(&folder)?;
+    for (from, to) in [(&watcher, "watcher"), (&busybox, "true")] {
+        std::fs::copy(from, folder.join(to)).with_context(|| format!("copy {from}"))?;
+    }
+    // The watcher wants an argument, and says so.
+    let script = "n=0; while [ $((n += 1)) -le 60 ]; do \
+                  /programs/watcher 2>/dev/null; [ $? = 1 ] || echo watcher $n; \
+                  echo 1 >/proc/sys/vm/drop_caches; \
+                  /programs/true || echo true $n; \
+                  echo 1 >/proc/sys/vm/drop_caches; done; echo done";
+    let mount = format!("type=bind,src={},dst=/programs,options=rbind:ro", folder.display());
+    let said = t.sh(&["--privileged", "--mount", &mount], script)?;
+    ensure!(said == "done", "programs that did not do what they should: {said}");
     Ok(())
 }
 

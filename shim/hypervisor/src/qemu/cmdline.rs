@@ -9,7 +9,7 @@ use super::kept;
 pub(super) const MAX_LEN: usize = 2048;
 /// Room left for what is added to the shape's own words here and by QEMU, which describes each
 /// device by `virtio_mmio.device=512@0x…:N`.
-pub(super) const RESERVED_LEN: usize = 512;
+pub(super) const RESERVED_LEN: usize = 576;
 
 /// What every machine of this backend is told, each with its reason. The times are CPU time from
 /// QEMU's start to the guest's hello, one processor, of about 1,030 ms without those below
@@ -27,6 +27,9 @@ const PARAMETERS: &[&str] = &[
     // Leaves the lock prefixes in a kernel that runs on one processor. To take out 11,000 of them is
     // to write to pages of code, which makes the translator forget what it knows: -120 ms.
     "noreplace-smp",
+    // virtiofsd writes code to memory behind the translator's back, which must not take it for what was there before
+    // (guest-image/kernel/virtiofs-rewrite.patch).
+    "virtiofs.rewrite=1",
     // The interval timer works, and need not be watched for four ticks: -10 ms.
     "no_timer_check",
 ];
@@ -75,7 +78,8 @@ mod tests {
     use super::*;
     use crate::testing::shape_and_bindings;
 
-    const ALWAYS: &str = "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp no_timer_check";
+    const ALWAYS: &str =
+        "console=ttyS0 quiet panic=-1 reboot=t noreplace-smp virtiofs.rewrite=1 no_timer_check";
 
     #[test]
     fn golden_command_lines() {

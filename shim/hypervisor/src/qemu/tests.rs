@@ -21,7 +21,7 @@ fn too_little_memory_is_refused_with_the_figure() {
 fn impossible_shapes_are_refused_by_name() {
     assert!(refusal(|s, _| s.vcpus = 0).contains("0 to 2 processors"));
     assert!(refusal(|s, _| s.max_vcpus = 256).contains("1 to 255"));
-    assert!(refusal(|s, _| s.cmdline = "x".repeat(2000)).contains("there is room for 1536"));
+    assert!(refusal(|s, _| s.cmdline = "x".repeat(2000)).contains("there is room for 1472"));
     assert!(refusal(|s, _| s.share_tag = Some(String::new())).contains("1 to 36 bytes"));
     assert!(refusal(|s, _| s.share_tag = None).contains("a tag and a directory"));
     assert!(refusal(|_, b| b.share = None).contains("a tag and a directory"));

@@ -49,7 +49,7 @@ fn golden_machine_with_a_share() {
 -object memory-backend-memfd,id=memory,size=256M,share=on
 -kernel /k/vmlinux
 -initrd /k/initrd
--append console=ttyS0 quiet panic=-1 reboot=t noreplace-smp no_timer_check tsc_early_khz=2300000 tsc=reliable agent.log=debug
+-append console=ttyS0 quiet panic=-1 reboot=t noreplace-smp virtiofs.rewrite=1 no_timer_check tsc_early_khz=2300000 tsc=reliable agent.log=debug
 -chardev stdio,id=console,signal=off
 -serial chardev:console
 -chardev socket,id=vsock,fd=12
