@@ -7,6 +7,7 @@
 mod error;
 mod files;
 mod overlay;
+mod pattern;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use error::{ConfigError, Place};
 pub use files::GuestFiles;
 pub use overlay::ANNOTATION_PREFIX;
+pub use pattern::{Pattern, name_fits};
 pub(crate) use schema::nearest;
 pub use schema::{KEYS, Key, Kind};
 
@@ -51,6 +53,8 @@ pub struct Config {
     pub storage: Storage,
     /// How the shim speaks with the agent in the guest.
     pub agent: Agent,
+    /// What of the host's volumes containers can use beside their files.
+    pub volumes: Volumes,
     /// What a pod may change by annotation.
     pub annotations: Annotations,
 }
@@ -145,6 +149,14 @@ pub struct Agent {
     pub debug_exec: bool,
 }
 
+/// What of the host's volumes containers can use beside their files.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Volumes {
+    /// Unix sockets of the host to which a container may connect that has them in a volume.
+    pub host_sockets: Vec<Pattern>,
+}
+
 /// What a pod may change by annotation.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -166,6 +178,7 @@ impl Default for Config {
             network: Network::default(),
             storage: Storage::default(),
             agent: Agent::default(),
+            volumes: Volumes::default(),
             annotations: Annotations::default(),
         }
     }

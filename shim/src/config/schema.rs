@@ -1,8 +1,8 @@
 //! What each key takes: the one table behind checks, messages and annotations.
 //! Knows nothing of the values themselves; a test holds it equal to the structs.
 
-use super::ConfigError;
 use super::error::Place;
+use super::{ConfigError, Pattern};
 
 /// The longest path of `state_dir`: a sandbox's directory (16 digits) and the longest socket name in it must
 /// fit into the 107 bytes of a unix socket's path (unix(7)).
@@ -25,6 +25,8 @@ pub enum Kind {
     Integer(u64, u64),
     /// A list of keys.
     Keys,
+    /// A list of [`Pattern`]s.
+    Patterns,
 }
 
 /// A key and what it takes.
@@ -72,6 +74,7 @@ pub const KEYS: &[Key] = &[
     key("storage.spare_disks", Kind::Integer(0, 6)),
     key("agent.request_timeout_seconds", Kind::Integer(1, 3600)),
     key("agent.debug_exec", Kind::Switch),
+    host_key("volumes.host_sockets", Kind::Patterns),
     host_key("annotations.allowed", Kind::Keys),
 ];
 
@@ -162,6 +165,7 @@ impl Key {
             Kind::Switch => "true or false".into(),
             Kind::Integer(least, most) => format!("a whole number from {least} to {most}"),
             Kind::Keys => "a list of keys, such as [\"sandbox.memory_mib\"]".into(),
+            Kind::Patterns => "a list of paths, such as [\"/run/app/*.sock\"]".into(),
         }
     }
 
@@ -178,7 +182,15 @@ impl Key {
             (Kind::Integer(least, most), toml::Value::Integer(number)) => {
                 u64::try_from(*number).is_ok_and(|number| (least..=most).contains(&number))
             }
-            (Kind::Keys, toml::Value::Array(items)) => return self.check_keys(items, value, place),
+            (Kind::Keys, toml::Value::Array(items)) => {
+                return self.check_items(items, value, place, check_name);
+            }
+            (Kind::Patterns, toml::Value::Array(items)) => {
+                let check = |text: &str| {
+                    Pattern::parse(text).map(drop).map_err(|why| format!("a list of paths; `{text}` {why}"))
+                };
+                return self.check_items(items, value, place, check);
+            }
             _ => return Err(self.wrong_type(a_type(value), place)),
         };
         if fits {
@@ -192,33 +204,24 @@ impl Key {
         })
     }
 
-    fn check_keys(
+    /// `check` says of an item that is not right what the key must be.
+    fn check_items(
         &self,
         items: &[toml::Value],
         whole: &toml::Value,
         place: &Place,
+        check: impl Fn(&str) -> Result<(), String>,
     ) -> Result<(), ConfigError> {
         for item in items {
-            let toml::Value::String(name) = item else {
+            let toml::Value::String(text) = item else {
                 return Err(self.wrong_type(&format!("a list that holds {}", a_type(item)), place));
             };
-            let bad = |expected: String| ConfigError::BadValue {
+            check(text).map_err(|expected| ConfigError::BadValue {
                 place: place.clone(),
                 key: self.name.into(),
                 value: whole.to_string(),
                 expected,
-            };
-            match find(name) {
-                None => {
-                    return Err(bad(format!("a list of keys; there is no key `{name}`: {}", advice(name))));
-                }
-                Some(key) if !key.per_pod => {
-                    return Err(bad(format!(
-                        "a list of keys that a pod may set; `{name}` belongs to the host alone"
-                    )));
-                }
-                Some(_) => {}
-            }
+            })?;
         }
         Ok(())
     }
@@ -230,6 +233,17 @@ impl Key {
             expected: self.expected(),
             found: found.into(),
         }
+    }
+}
+
+/// Whether a pod may be allowed to set the key of this name.
+fn check_name(name: &str) -> Result<(), String> {
+    match find(name) {
+        None => Err(format!("a list of keys; there is no key `{name}`: {}", advice(name))),
+        Some(key) if !key.per_pod => {
+            Err(format!("a list of keys that a pod may set; `{name}` belongs to the host alone"))
+        }
+        Some(_) => Ok(()),
     }
 }
 

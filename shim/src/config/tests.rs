@@ -75,6 +75,23 @@ fn values_are_read() {
 }
 
 #[test]
+fn paths_of_sockets_are_read_or_refused_one_by_one() {
+    let config = Config::parse("volumes.host_sockets = [\"/run/a\", \"/run/*.sock\"]", "c.toml").unwrap();
+    let again = Config::parse(&toml::to_string(&config).unwrap(), "c.toml").unwrap();
+    assert_eq!((config.volumes.host_sockets.len(), &again), (2, &config));
+    assert_eq!(
+        message("volumes.host_sockets = [\"/run/a\", \"run/b\"]"),
+        "c.toml:1:24: `volumes.host_sockets` is [\"/run/a\", \"run/b\"], but must be a list of paths; `run/b` is not absolute"
+    );
+    assert_eq!(
+        message("volumes.host_sockets = [1]"),
+        "c.toml:1:24: `volumes.host_sockets` must be a list of paths, such as [\"/run/app/*.sock\"], not a list that holds an integer"
+    );
+    let error = annotated(&[], "io.bulkhead.volumes.host_sockets", "/run/a").unwrap_err().to_string();
+    assert!(error.contains("belongs to the host"), "{error}");
+}
+
+#[test]
 fn an_unknown_key_names_the_nearest() {
     assert_eq!(
         message("[sandbox]\n  memry_mib = 5\n"),
@@ -105,7 +122,7 @@ fn a_key_like_no_other_lists_what_there_is() {
     assert_eq!(
         message("[zzzzzzzzzzzz]\na = 1"),
         "c.toml:1:2: unknown key `zzzzzzzzzzzz`; \
-         the sections are `[hypervisor]`, `[sandbox]`, `[network]`, `[storage]`, `[agent]`, `[annotations]`"
+         the sections are `[hypervisor]`, `[sandbox]`, `[network]`, `[storage]`, `[agent]`, `[volumes]`, `[annotations]`"
     );
 }
 
