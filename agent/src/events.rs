@@ -49,13 +49,19 @@ impl Events {
         self.send(Kind::Oom(agent::Oom { container_id: container_id.into(), ..Default::default() }));
     }
 
-    /// The last byte of an output stream was written.
+    /// The last byte of an output stream was written; or nobody takes more from the input stream of a connection.
     pub(crate) fn stream_end(&self, token: &Token, total_bytes: u64) {
         self.send(Kind::StreamEnd(agent::StreamEnd {
             token: token.0.to_vec(),
             total_bytes,
             ..Default::default()
         }));
+    }
+
+    /// A container has connected to a socket of the host.
+    pub(crate) fn connect(&self, container_id: &str, socket: u32, connection: u64) {
+        let container_id = container_id.into();
+        self.send(Kind::Connect(agent::Connect { container_id, socket, connection, ..Default::default() }));
     }
 
     fn send(&self, kind: Kind) {

@@ -26,6 +26,7 @@ mod podns;
 mod reaper;
 mod sandbox;
 mod server;
+mod sockets;
 mod spec;
 mod stats;
 mod stdio;

@@ -22,12 +22,19 @@ use std::{
     time::Duration,
 };
 
-use bulkhead_proto::agent::{
-    ConfigureRequest, ConfigureResponse, CreateContainerRequest, ExecRequest, FollowVolumeRequest,
-    ForwardRequest, GuestProcess, Network, ResizePtyRequest, ResizeRequest, ResizeResponse, SignalRequest,
-    Stdio, UpdateRequest,
+use bulkhead_proto::{
+    MOST_CONNECTIONS,
+    agent::{
+        ConfigureRequest, ConfigureResponse, ConnectedRequest, CreateContainerRequest, ExecRequest,
+        FollowVolumeRequest, ForwardRequest, GuestProcess, Network, ResizePtyRequest, ResizeRequest,
+        ResizeResponse, SignalRequest, Stdio, UpdateRequest,
+    },
 };
-use tokio::{sync::Notify, task::AbortHandle, time::timeout};
+use tokio::{
+    sync::{Notify, Semaphore},
+    task::AbortHandle,
+    time::timeout,
+};
 
 use crate::{
     cgroup, configure,
@@ -38,6 +45,7 @@ use crate::{
     launcher::{Create, LastMile, LaunchError, Launched, Launcher, Size},
     limits, machine, net, netns, podns,
     reaper::{Key, Reaper},
+    sockets::Sockets,
     spec::{self, Guest},
     stats,
     stdio::{self, Terminal},
@@ -63,6 +71,8 @@ pub(crate) struct Sandbox {
     following: tokio::sync::Mutex<()>,
     /// Held while limits, or what the guest uses of its machine, change.
     updating: tokio::sync::Mutex<()>,
+    /// Connections to sockets of the host that there may be yet.
+    connections: Arc<Semaphore>,
 }
 
 #[derive(Default)]
@@ -88,6 +98,8 @@ struct Container {
     disks: Disks,
     /// Its volumes that are copies.
     copies: Arc<Copies>,
+    /// Its sockets that stand for the host's.
+    sockets: Arc<Sockets>,
     /// Running processes by exec id; an empty id is init.
     processes: HashMap<String, Process>,
     /// The kernel's count of OOM kills that was last told.
@@ -136,6 +148,7 @@ impl Sandbox {
             sharing_pids: Default::default(),
             following: Default::default(),
             updating: Default::default(),
+            connections: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
         })
     }
 
@@ -180,6 +193,12 @@ impl Sandbox {
         forward::forward(request, &self.events).await
     }
 
+    /// The host's answer to a container that has connected to one of its sockets.
+    pub(crate) async fn connected(&self, request: &ConnectedRequest) -> Result<()> {
+        let sockets = Arc::clone(&self.state().container(&request.container_id)?.sockets);
+        sockets.connected(request).await
+    }
+
     /// Makes a container whose command waits for [`Sandbox::start`]. Answers the pid of its init.
     pub(crate) async fn create(self: &Arc<Self>, request: &CreateContainerRequest) -> Result<u32> {
         let id = &request.container_id;
@@ -192,6 +211,7 @@ impl Sandbox {
         let disks = tokio::task::spawn_blocking(move || Disks::find(&wanted)).await;
         let disks = disks.unwrap_or_else(|e| Err(std::io::Error::other(e)));
         let disks = disks.doing(|| "find the container's block devices".into())?;
+        let sockets = Sockets::make(id, &request.sockets, &self.events, &self.connections)?;
         let create = {
             let mut state = self.state();
             if !state.configured {
@@ -206,6 +226,7 @@ impl Sandbox {
                 has_device: &|typ, major, minor| spec::sys_dev(typ, major, minor).exists(),
                 disks,
                 copies: Some(&copies),
+                sockets: Some(&sockets),
                 ipc_sysctls: &state.ipc_sysctls,
                 users: state.users.as_ref(),
             };
@@ -220,6 +241,7 @@ impl Sandbox {
                     users: create.users.clone(),
                     disks,
                     copies: Arc::new(copies),
+                    sockets: Arc::new(sockets),
                     processes: HashMap::new(),
                     oom_kills: 0,
                     oom_watch: None,

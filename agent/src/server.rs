@@ -14,11 +14,11 @@ use async_trait::async_trait;
 use bulkhead_proto::{
     CONTROL_PORT, PROTOCOL_VERSION,
     agent::{
-        Agent, ConfigureRequest, ConfigureResponse, ContainerRequest, CreateContainerRequest,
-        CreateContainerResponse, DebugExecRequest, Empty, Event, EventsRequest, ExecRequest, ExecResponse,
-        FollowVolumeRequest, ForwardRequest, LeaveDisksRequest, Network, PidsResponse, ResizePtyRequest,
-        ResizeRequest, ResizeResponse, ShutdownRequest, SignalRequest, StatsResponse, UpdateRequest,
-        UpdateResponse, create_agent,
+        Agent, ConfigureRequest, ConfigureResponse, ConnectedRequest, ContainerRequest,
+        CreateContainerRequest, CreateContainerResponse, DebugExecRequest, Empty, Event, EventsRequest,
+        ExecRequest, ExecResponse, FollowVolumeRequest, ForwardRequest, LeaveDisksRequest, Network,
+        PidsResponse, ResizePtyRequest, ResizeRequest, ResizeResponse, ShutdownRequest, SignalRequest,
+        StatsResponse, UpdateRequest, UpdateResponse, create_agent,
     },
     stream::{Hello, encode_hello},
 };
@@ -218,6 +218,11 @@ impl Agent for Service {
 
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> Result<Empty> {
         self.sandbox.forward(&request).await?;
+        Ok(Empty::new())
+    }
+
+    async fn connected(&self, _: &TtrpcContext, request: ConnectedRequest) -> Result<Empty> {
+        self.sandbox.connected(&request).await?;
         Ok(Empty::new())
     }
 

@@ -20,6 +20,7 @@ use crate::{
     error::{Error, Result},
     launcher::{Create, Exec, LastMile, Size, allows_every_device, default_devices},
     podns,
+    sockets::Sockets,
     users::Users,
     volumes::Copies,
 };
@@ -36,6 +37,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) disks: Disks,
     /// Copies that stand for volumes of the host.
     pub(crate) copies: Option<&'a Copies>,
+    /// Sockets that stand for those of the host.
+    pub(crate) sockets: Option<&'a Sockets>,
     /// Sysctls of the pod that belong to each container's ipc namespace.
     pub(crate) ipc_sysctls: &'a [(String, String)],
     /// The pod's user namespace, if it has one.
@@ -72,6 +75,7 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     let devices = devices(&mut linux, guest)?;
     refuse_sharing(&spec)?;
     mount_copies(&mut spec, guest);
+    mount_sockets(&mut spec, guest);
     let users = join_users(&mut linux, &process, guest)?;
     if let Some(propagation) = linux.rootfs_propagation() {
         // libcontainer makes it recursive in any case, and knows the plain names only.
@@ -306,6 +310,25 @@ fn mount_copies(spec: &mut Spec, guest: &Guest<'_>) {
         let copy = mount.source().as_ref().and_then(|source| copies.of(source)).map(Path::to_owned);
         if copy.is_some() {
             mount.set_source(copy);
+        }
+    }
+    spec.set_mounts(Some(mounts));
+}
+
+/// Has bind mounts of sockets of the host, and of folders with such, show those of the guest.
+fn mount_sockets(spec: &mut Spec, guest: &Guest<'_>) {
+    let Some(sockets) = guest.sockets else { return };
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        let Some(shown) = mount.source().as_ref().and_then(|source| sockets.of(source)).cloned() else {
+            continue;
+        };
+        mount.set_source(Some(shown.place));
+        if shown.is_volume {
+            // With the sockets that are mounted on it.
+            let options = mount.options().iter().flatten();
+            let options = options.map(|o| if o == "bind" { "rbind".to_owned() } else { o.clone() });
+            mount.set_options(Some(options.collect()));
         }
     }
     spec.set_mounts(Some(mounts));

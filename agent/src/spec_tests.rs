@@ -6,6 +6,7 @@ fn guest() -> Guest<'static> {
     Guest {
         disks: Disks::default(),
         copies: None,
+        sockets: None,
         network: "/run/bulkhead/ns/net".into(),
         namespaces: Path::new("/run/bulkhead/ns"),
         has_device: &|_, major, minor| (major, minor) == (1, 3),

@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// Bytes that are moved at once; a pipe holds as many.
-const BUFFER: usize = 64 << 10;
+pub(crate) const BUFFER: usize = 64 << 10;
 
 /// Connections to the host for the streams of one process.
 pub(crate) struct Streams {
@@ -48,9 +48,9 @@ pub(crate) struct Streams {
 }
 
 /// One connection, and the token that has opened it.
-struct Stream {
-    token: Token,
-    socket: HostStream,
+pub(crate) struct Stream {
+    pub(crate) token: Token,
+    pub(crate) socket: HostStream,
 }
 
 /// The pumps of a process that is being launched; they begin when it has been.
@@ -126,6 +126,11 @@ impl Streams {
 }
 
 impl Streams {
+    /// That from the host and that to it, if there are both.
+    pub(crate) fn both(self) -> Option<(Stream, Stream)> {
+        self.stdin.zip(self.stdout)
+    }
+
     /// Starts pumping between the host and a connection: stdin goes to it, and what it says is stdout.
     pub(crate) fn pump_connection(self, peer: std::net::TcpStream, events: &Events) -> io::Result<()> {
         peer.set_nonblocking(true)?;

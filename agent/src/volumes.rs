@@ -144,10 +144,15 @@ fn copy_tree(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Gives it the owner and the mode of what it is a copy of.
-fn like(copy: &Path, what: &fs::Metadata) -> io::Result<()> {
-    lchown(copy, Some(what.uid()), Some(what.gid()))?;
+pub(crate) fn like(copy: &Path, what: &fs::Metadata) -> io::Result<()> {
+    own(copy, what.uid(), what.gid(), what.mode())
+}
+
+/// Gives a file owners and a mode.
+pub(crate) fn own(path: &Path, uid: u32, gid: u32, mode: u32) -> io::Result<()> {
+    lchown(path, Some(uid), Some(gid))?;
     // After the owner, whose change takes the bits of set-user-id.
-    fs::set_permissions(copy, fs::Permissions::from_mode(what.mode() & 0o7777))
+    fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o7777))
 }
 
 fn absent(removed: io::Result<()>) -> io::Result<()> {

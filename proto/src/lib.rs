@@ -6,7 +6,7 @@ pub mod stream;
 
 /// Version of the conversation. Shim and guest image refuse each other when it differs: both come from
 /// one build, so a mismatch means that an old image lies beside a new shim.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Vsock port at which the host waits for the agent's control connection.
 pub const CONTROL_PORT: u32 = 1024;
@@ -33,6 +33,10 @@ pub const SHM_DIR: &str = "/run/bulkhead/shm";
 /// The link by which a volume names the folder of its present files, and which is replaced when they change: Kubernetes
 /// does so with ConfigMaps, Secrets, the downward API and projected volumes (pkg/volume/util/atomic_writer.go).
 pub const VOLUME_LINK: &str = "..data";
+
+/// The most connections that the containers of a pod have to sockets of the host at one time. Each takes four descriptors of the
+/// agent, and as many of the shim.
+pub const MOST_CONNECTIONS: usize = 128;
 
 /// Prefix of an error message for a command that is not in the container, after which the reason follows
 /// in the words that users know from runc.

@@ -9,6 +9,8 @@
 //! The guest dials and proves which stream it brings by a token of the [`Hub`]. A process is told closed
 //! once all its output streams have been copied to their end.
 
+mod connection;
+
 use std::{
     collections::HashMap,
     fs::File,
@@ -26,7 +28,7 @@ use bulkhead_proto::stream::{STREAM_PREFACE_LEN, TOKEN_LEN, Token, decode_stream
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpStream, UnixListener, UnixStream, unix::pipe},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
 };
 use tracing::{debug, warn};
 
@@ -87,6 +89,8 @@ enum End {
     In(Source),
     /// From the guest to the sink.
     Out(Sink, watch::Receiver<Option<u64>>),
+    /// Whoever waits for it does with it what is to be done.
+    Whole(oneshot::Sender<connection::Brought>),
 }
 
 struct Expected {
@@ -291,8 +295,9 @@ impl Hub {
         let Some(expected) = self.table().expected.remove(&token) else {
             return warn!("a connection of the guest brought an unknown token");
         };
-        let _open = self.counters.stream();
+        let open = self.counters.stream();
         match expected.end {
+            End::Whole(to) => drop(to.send((stream, open))),
             End::In(source) => copy_in(source, stream).await,
             End::Out(sink, total) => {
                 copy_out(stream, sink, total).await;

@@ -70,6 +70,8 @@ pub struct Files {
     pub disks: Vec<agent::Disk>,
     /// Volumes of which it gets copies that follow them.
     pub followed: Vec<agent::FollowedVolume>,
+    /// Sockets of the host, which the guest names by their places in this list.
+    pub sockets: Vec<agent::HostSocket>,
 }
 
 /// The agent of one guest.
@@ -171,6 +173,7 @@ impl Agent {
             spec,
             disks: files.disks,
             followed: files.followed,
+            sockets: files.sockets,
             stdio: Some(stdio(io, tokens, size)).into(),
             ..Default::default()
         };
@@ -318,6 +321,21 @@ impl Agent {
             ..Default::default()
         };
         self.call(self.client.forward(self.context(), &request)).await.map(drop)
+    }
+
+    /// Answers a container that has connected to a socket of the host: with the streams of the connection, to the guest
+    /// and from it; without, it is closed.
+    pub async fn connected(
+        &self,
+        id: &ContainerId,
+        connection: u64,
+        tokens: Option<[Token; 2]>,
+    ) -> Result<(), Fault> {
+        let [in_token, out_token] = tokens.map(|both| both.map(|token| token.0.to_vec())).unwrap_or_default();
+        let container_id = id.to_string();
+        let request =
+            agent::ConnectedRequest { container_id, connection, in_token, out_token, ..Default::default() };
+        self.call(self.client.connected(self.context(), &request)).await.map(drop)
     }
 
     /// Removes a stopped container.

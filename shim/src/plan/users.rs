@@ -99,6 +99,12 @@ impl IdMaps {
         (host(&self.uids, 0).unwrap_or_default(), host(&self.gids, 0).unwrap_or_default())
     }
 
+    /// The owners that a file of these owners is seen to have: those of nobody (overflowuid) where they are not mapped.
+    pub fn seen(&self, uid: u32, gid: u32) -> (u32, u32) {
+        const NOBODY: u32 = 65534;
+        (host(&self.uids, uid).unwrap_or(NOBODY), host(&self.gids, gid).unwrap_or(NOBODY))
+    }
+
     /// Reads the words `uidmap=` and `gidmap=` that containerd's snapshotters put among the options of a mount whose
     /// owners are to be mapped, and answers the other options.
     pub fn take(options: &[String]) -> Result<(Option<Self>, Vec<String>), Fault> {

@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use tracing::{Instrument, error, info_span, warn};
 
 use self::{containers::Prepared, figures::Scrapes, resize::Book, wanted::Wanted};
-use super::{machine::Running, model::*, network::PodNetwork, stand_in::StandIn};
+use super::{machine::Running, model::*, network::PodNetwork, sockets::Sockets, stand_in::StandIn};
 use crate::{
     cgroup,
     config::Config,
@@ -105,6 +105,7 @@ pub struct Host {
     network: Mutex<Option<Arc<PodNetwork>>>,
     stand_ins: Mutex<HashMap<ContainerId, StandIn>>,
     follower: Mutex<Option<Arc<Follower>>>,
+    sockets: Sockets,
     counters: Arc<Counters>,
     scrapes: Scrapes,
     /// Who waits for the end of a program in the guest itself.
@@ -207,6 +208,7 @@ impl Host {
             network: Mutex::default(),
             stand_ins: Mutex::default(),
             follower: Mutex::default(),
+            sockets: Sockets::default(),
             counters,
             scrapes: Scrapes::default(),
             guest_exits: Exits::default(),

@@ -13,5 +13,6 @@ pub mod host;
 mod machine;
 pub mod model;
 mod network;
+mod sockets;
 mod stand_in;
 pub mod state;

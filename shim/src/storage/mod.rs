@@ -8,6 +8,7 @@ mod places;
 mod pod;
 mod points;
 mod share;
+mod socket;
 mod volume;
 
 pub use disk::{DiskError, Disks, binding, shape};
@@ -15,4 +16,5 @@ pub use mount::{MountError, bind, make_read_only, mount};
 pub use places::Places;
 pub use pod::PodFiles;
 pub use share::{Share, ShareError, Shown};
+pub use socket::{Facts, HostSocket, NotAllowed, find as find_sockets};
 pub use volume::{Follower, Volume, version};

@@ -12,6 +12,7 @@
 
 use std::{
     io,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
@@ -193,6 +194,12 @@ impl Share {
             destination: bind.destination.clone(),
             source: plain(source),
         })?;
+        if facts.file_type().is_socket() {
+            // virtiofsd would have to open it as a file, to know its mount by: the guest has one of its own instead.
+            let target = self.container_dir(id).join("mounts").join(bind.slot.to_string());
+            place_for(&target, false)?;
+            return Ok(Shown::Socket);
+        }
         let candidate = if own {
             None
         } else {
@@ -306,6 +313,8 @@ pub enum Shown {
     Own,
     /// There, and parts of it that are mounted below it can be written although it is read-only.
     Mixed,
+    /// Nowhere: it is a socket, for which the guest has one of its own.
+    Socket,
     /// In the guest, at a place that other containers may have too.
     At(PathBuf),
 }
@@ -318,12 +327,7 @@ fn mount_bind(
     folder: bool,
     id: Option<&ContainerId>,
 ) -> Result<(), ShareError> {
-    if folder {
-        make_dir(target)?;
-    } else {
-        std::fs::File::create(target)
-            .map_err(|source| ShareError::Make { path: target.to_owned(), source })?;
-    }
+    place_for(target, folder)?;
     fail_point!(BindPlaced);
     ledger.record(Entry::Mount { target: target.to_owned(), container: id.map(ToString::to_string) })?;
     fail_point!(BindRecorded);
@@ -335,6 +339,15 @@ fn mount_bind(
     }
     fail_point!(BindMounted);
     Ok(())
+}
+
+/// Makes what something can be mounted on.
+fn place_for(target: &Path, folder: bool) -> Result<(), ShareError> {
+    if folder {
+        return make_dir(target);
+    }
+    let made = std::fs::File::create(target);
+    made.map(drop).map_err(|source| ShareError::Make { path: target.to_owned(), source })
 }
 
 /// Everything that is mounted below `target`.

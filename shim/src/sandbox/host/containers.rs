@@ -1,9 +1,14 @@
 //! The containers of a sandbox: their files on the host, their lives in the guest, what is asked of them.
 //! Knows the agent and the share; the machine is there, or is not.
 
-use std::{collections::HashMap, io, path::Path, time::SystemTime};
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
 
-use bulkhead_proto::agent::GuestProcess;
+use bulkhead_proto::agent::{GuestProcess, HostSocket};
 use tracing::{Instrument, error, info_span, warn};
 
 use super::{
@@ -24,10 +29,10 @@ use crate::{
     ids::{ContainerId, ProcessKey},
     ledger::{self, Entry},
     logger::LoggerContext,
-    plan::{self, ContainerPlan, Limits, Role},
+    plan::{self, Bind, ContainerPlan, Limits, Role},
     process,
     stdio::Tokens,
-    storage::{PodFiles, Share, Shown, Volume},
+    storage::{self, Facts, PodFiles, Share, Shown, Volume, find_sockets},
 };
 
 /// Below a sandbox's directory: the empty root of what stands for a pod.
@@ -47,6 +52,19 @@ pub(super) struct Prepared {
     io: Io,
     /// What of its bind mounts the host exchanges as a whole.
     volumes: Vec<Volume>,
+    /// The numbers of those that are sockets.
+    sockets: Vec<usize>,
+    /// Where the guest finds those that containers may have together, by their numbers.
+    places: HashMap<usize, PathBuf>,
+}
+
+/// What there is to know of a container's files when they are shared.
+#[derive(Default)]
+struct SharedFiles {
+    /// Where the guest finds each of the bind mounts, by their numbers.
+    shown: Vec<(usize, Shown)>,
+    /// Those that the host exchanges as a whole.
+    volumes: Vec<Volume>,
 }
 
 impl Prepared {
@@ -64,16 +82,20 @@ impl Host {
         if lock(&self.pod).is_some() {
             PodFiles::new(&self.dir).add_to(&request.id, &mut plan);
         }
-        let mut volumes = Vec::new();
+        let (mut volumes, mut sockets, mut places) = (Vec::new(), Vec::new(), HashMap::new());
         // Nothing runs in the root of a container that only stands for its pod.
         if role != Role::Sandbox {
-            let (shown, found) = self.share_files(&request, &plan).await?;
-            volumes = found;
-            for (slot, shown) in shown {
+            let files = self.share_files(&request, &plan).await?;
+            volumes = files.volumes;
+            for (slot, shown) in files.shown {
                 match shown {
                     Shown::Own => {}
                     Shown::Mixed => plan.leave_to_host(&request.id, slot),
-                    Shown::At(place) => plan.is_at(&request.id, slot, &place),
+                    Shown::Socket => sockets.push(slot),
+                    Shown::At(place) => {
+                        plan.is_at(&request.id, slot, &place);
+                        places.insert(slot, place);
+                    }
                 }
             }
         }
@@ -82,18 +104,12 @@ impl Host {
             bundle: request.bundle,
             annotations: plan.guest_spec.annotations().clone().unwrap_or_default(),
         };
-        let prepared = Prepared { plan, subject, io: request.io, volumes };
+        let prepared = Prepared { plan, subject, io: request.io, volumes, sockets, places };
         lock(&self.prepared).insert(request.id, prepared);
         Ok(role)
     }
 
-    /// Answers where the guest finds each of the bind mounts, by their numbers, and those that the host exchanges as a
-    /// whole.
-    async fn share_files(
-        &self,
-        request: &CreateRequest,
-        plan: &ContainerPlan,
-    ) -> Result<(Vec<(usize, Shown)>, Vec<Volume>), Fault> {
+    async fn share_files(&self, request: &CreateRequest, plan: &ContainerPlan) -> Result<SharedFiles, Fault> {
         let (id, rootfs) = (request.id.clone(), request.rootfs.clone());
         // With mounts the root is where containerd will unmount it; without, it is what the spec names.
         let root = request.bundle.join(if rootfs.is_empty() { &plan.root_path } else { Path::new("rootfs") });
@@ -114,16 +130,16 @@ impl Host {
                 .add_root(ledger, &id, &root, &rootfs, read_only, &points)
                 .map_err(|e| Fault::of(Kind::Internal, &e))?;
             let mut places = lock(&places);
-            let (mut shown, mut volumes) = (Vec::new(), Vec::new());
+            let mut files = SharedFiles::default();
             for bind in &binds {
                 // Of what the host exchanges as a whole each container has a copy.
                 let volume = Volume::of(bind);
                 let added = share.add_bind(ledger, &mut places, &id, bind, volume.is_some());
                 let added = added.map_err(|e| Fault::of(Kind::InvalidArgument, &e))?;
-                volumes.extend(volume.filter(|_| added == Shown::Own));
-                shown.push((bind.slot, added));
+                files.volumes.extend(volume.filter(|_| added == Shown::Own));
+                files.shown.push((bind.slot, added));
             }
-            Ok((shown, volumes))
+            Ok(files)
         });
         work.await.unwrap_or_else(|e| Err(Fault::internal("prepare the container's files", &e)))
     }
@@ -140,7 +156,7 @@ impl Host {
     /// Makes the container in the guest and its stand-in on the host; answers the pid of the latter.
     pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<i32, Fault> {
         let agent = self.agent()?;
-        let (hooks, subject, io, console, limits, spec, network, disks, volumes) = {
+        let (hooks, subject, io, console, limits, spec, network, disks, volumes, binds, sockets) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
@@ -157,6 +173,8 @@ impl Host {
                 p.plan.network.clone(),
                 p.plan.disks.clone(),
                 p.volumes.clone(),
+                p.plan.binds.clone(),
+                (p.sockets.clone(), p.places.clone()),
             )
         };
         let disks = self.give_disks(id, &disks).await?;
@@ -187,7 +205,9 @@ impl Host {
         let key = ProcessKey::init(id);
         let tokens = self.open_streams(&key, &io).await?;
         let volumes = self.follow(id, volumes, &agent);
-        let files = Files { disks, followed: volumes.iter().map(|volume| followed(id, volume)).collect() };
+        let followed = volumes.iter().map(|volume| followed(id, volume)).collect();
+        let sockets = self.give_sockets(id, binds, sockets).await?;
+        let files = Files { disks, followed, sockets };
         let created = fail_point!(CreateStreams, agent.create(id, spec, &io, tokens, console, files).await);
         if created.is_err() {
             self.hub.forget(&key);
@@ -197,6 +217,36 @@ impl Host {
         fail_point!(CreateGuest);
         arrived(&mut arrival).await?;
         Ok(pid)
+    }
+
+    /// Finds the sockets of the host in a container's bind mounts, some of which are `sockets` themselves, and lets it
+    /// connect to them.
+    async fn give_sockets(
+        &self,
+        id: &ContainerId,
+        binds: Vec<Bind>,
+        (sockets, places): (Vec<usize>, HashMap<usize, PathBuf>),
+    ) -> Result<Vec<HostSocket>, Fault> {
+        let patterns = self.sockets.patterns();
+        if patterns.is_empty() && sockets.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut found = blocking("look for sockets in the container's volumes", move || {
+            find_sockets(&patterns, &binds, &sockets).map_err(|e| Fault::of(Kind::InvalidArgument, &e))
+        })
+        .await?;
+        let message = |socket: &storage::HostSocket| {
+            let place = places.get(&socket.slot).cloned();
+            let source = place.unwrap_or_else(|| plan::in_share(id, socket.slot)).display().to_string();
+            let below = socket.below.to_str()?.to_owned();
+            let Facts { mode, uid, gid } = socket.facts;
+            Some(HostSocket { source, below, mode, uid, gid, ..Default::default() })
+        };
+        // protobuf's texts are UTF-8, as paths in a specification are.
+        found.retain(|socket| message(socket).is_some());
+        let told = found.iter().filter_map(message).collect();
+        self.sockets.give(id, found);
+        Ok(told)
     }
 
     /// Opens the host's ends of a process's streams. A logging program must not outlive a shim that is killed: what
@@ -362,6 +412,7 @@ impl Host {
         if let Some(follower) = lock(&self.follower).as_ref() {
             follower.remove(id);
         }
+        self.sockets.take_back(id);
         self.hub.forget(&ProcessKey::init(id));
         self.hub.end_loggers(id).await;
         let stand_in = lock(&self.stand_ins).remove(id);

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tracing::{Instrument, debug, info_span, warn};
 
 use super::{
-    super::{forward, machine::Running, model::*, network::PodNetwork},
+    super::{forward, machine::Running, model::*, network::PodNetwork, sockets::Sockets},
     Accounts, GOODBYE, Host, MachineFacts, Ready,
     backend::choose,
     blocking, lock,
@@ -183,10 +183,18 @@ impl Host {
             self.open_guest(&agent);
         }
         debug!(controllers = ?guest.controllers, "guest is configured");
+        self.sockets.allow(&config.volumes.host_sockets);
         if let Some(ready) = lock(&self.ready).as_mut() {
+            let listener = Listener {
+                hub: self.hub.clone(),
+                exits: self.guest_exits.clone(),
+                sockets: self.sockets.clone(),
+                agent: agent.clone(),
+                inputs: self.inputs.clone(),
+                ended: ready.running.ended(),
+            };
             ready.agent = Some(agent);
-            let (hub, exits) = (self.hub.clone(), self.guest_exits.clone());
-            tasks::spawn(listen(events, hub, exits, self.inputs.clone(), ready.running.ended()));
+            tasks::spawn(listener.listen(events));
         }
         Ok(())
     }
@@ -235,43 +243,55 @@ impl Host {
     }
 }
 
-/// Hands the guest's events on, in order, until the guest is gone.
-async fn listen(
-    mut events: GuestEvents,
+/// Who is told of what happens in the guest.
+struct Listener {
     hub: Hub,
     exits: Exits,
+    sockets: Sockets,
+    agent: Agent,
     inputs: mpsc::UnboundedSender<Input>,
-    mut ended: tokio::sync::watch::Receiver<Option<MachineEnd>>,
-) {
-    while let Some(event) = events.next().await {
-        let Some(kind) = event.kind else { continue };
+    ended: tokio::sync::watch::Receiver<Option<MachineEnd>>,
+}
+
+impl Listener {
+    /// Hands the guest's events on, in order, until the guest is gone.
+    async fn listen(mut self, mut events: GuestEvents) {
+        while let Some(event) = events.next().await {
+            if let Some(kind) = event.kind {
+                self.tell(kind);
+            }
+        }
+        self.exits.guest_gone();
+        // The agent is the guest's PID 1: without it there is no guest. Normally the machine's end follows.
+        let gone = tokio::time::timeout(AGENT_GONE, self.ended.wait_for(Option::is_some)).await.is_err();
+        if gone {
+            let _ = self.inputs.send(Input::AgentLost);
+        }
+    }
+
+    fn tell(&self, kind: GuestEvent) {
         match kind {
             GuestEvent::Exit(exit) if exit.container_id.is_empty() => {
-                exits.told(&exit.exec_id, (exit.status & 0xff) as u8);
+                self.exits.told(&exit.exec_id, (exit.status & 0xff) as u8);
             }
             GuestEvent::Exit(exit) => {
-                let Ok(key) = ProcessKey::parse(&exit.container_id, &exit.exec_id) else { continue };
+                let Ok(key) = ProcessKey::parse(&exit.container_id, &exit.exec_id) else { return };
                 // Told with the host's clock: the guest's may be off, and is not trusted.
                 let info = ExitInfo { status: exit.status & 0xff, at: SystemTime::now() };
-                let _ = inputs.send(Input::GuestExit(key, info));
+                let _ = self.inputs.send(Input::GuestExit(key, info));
             }
             GuestEvent::Oom(oom) => {
                 if let Ok(id) = ContainerId::parse(&oom.container_id) {
-                    let _ = inputs.send(Input::GuestOom(id));
+                    let _ = self.inputs.send(Input::GuestOom(id));
                 }
             }
             GuestEvent::StreamEnd(end) => {
                 if let Ok(token) = Token::try_from(end.token.as_slice()) {
-                    hub.ended(&token, end.total_bytes);
+                    self.hub.ended(&token, end.total_bytes);
                 }
             }
+            GuestEvent::Connect(wanted) => self.sockets.connect(&wanted, &self.agent, &self.hub),
             _ => {}
         }
-    }
-    exits.guest_gone();
-    // The agent is the guest's PID 1: without it there is no guest. Normally the machine's end follows.
-    let gone = tokio::time::timeout(AGENT_GONE, ended.wait_for(Option::is_some)).await;
-    if gone.is_err() {
-        let _ = inputs.send(Input::AgentLost);
     }
 }
