@@ -1,11 +1,13 @@
 //! Volumes: what of the host's mounts a container sees and may write, and that the host keeps its own.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use harness::{Context, Test};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use harness::{Context, Test, Toml};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::{Value, json};
 
@@ -17,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("volumes::the_host_keeps_what_it_has_mounted_below", kept),
     Test::common("volumes::later_mounts_of_the_host_are_seen_where_asked", propagation),
     Test::common("volumes::one_that_is_exchanged_tells_who_watches", exchanged),
+    Test::common("volumes::a_socket_of_the_host_is_used_by_containers", socket_of_the_host),
     Test::common("volumes::a_read_only_root_gets_the_mount_points_it_lacks", read_only_root),
     Test::common("volumes::one_at_dev_shm_is_the_users", at_dev_shm),
     Test::common("volumes::containers_of_a_pod_meet_in_one", meet),
@@ -276,5 +279,54 @@ fn exchanged(t: &mut Context<'_>) -> Result<()> {
     ensure!(t.exec_in(b, "cat /settings/page")? == "fourth");
     // The links of files that are no more went with the exchange before.
     ensure!(t.exec_in(b, "ls /settings")? == "page");
+    t.remove_pod(&pod)
+}
+
+/// The client and server of the tests, as a mount.
+fn talker() -> Result<Value> {
+    let talker = std::env::var("BULKHEAD_TEST_TALKER").context("BULKHEAD_TEST_TALKER names the talker")?;
+    Ok(json!({"host_path": talker, "container_path": "/talker", "readonly": true}))
+}
+
+fn socket_of_the_host(t: &mut Context<'_>) -> Result<()> {
+    let volume = t.dir().join("run");
+    fs::create_dir(&volume)?;
+    let path = volume.join("a.sock");
+    let listener = UnixListener::bind(&path)?;
+    t.set_config("volumes", "host_sockets", Toml::Array(vec![path.display().to_string().into()]))?;
+    let pod = t.pod("p", |_| {})?;
+    let mounts = json!([
+        talker()?,
+        {"host_path": path, "container_path": "/s"},
+        {"host_path": volume, "container_path": "/m", "readonly": true},
+    ]);
+    let mut ids = Vec::new();
+    for name in ["a", "b"] {
+        let id = t.create_in(&pod, name, SLEEPER, |c| c["mounts"] = mounts.clone())?;
+        t.crictl_ok(&["start", &id])?;
+        ids.push(id);
+    }
+    let server = std::thread::spawn(move || -> Result<()> {
+        for _ in 0..5 {
+            let (mut peer, _) = listener.accept()?;
+            let mut question = String::new();
+            peer.read_to_string(&mut question)?;
+            peer.write_all(format!("{question} is answered").as_bytes())?;
+        }
+        Ok(())
+    });
+    let ask = |id: &str, path: &str| -> Result<()> {
+        let said = t.exec_in(id, &format!("printf {path} | /talker {path}"))?;
+        ensure!(said == format!("{path} is answered"), "{path}: {said}");
+        Ok(())
+    };
+    for id in &ids {
+        ask(id, "/s")?;
+        ask(id, "/m/a.sock")?;
+    }
+    // The end of one takes nothing from the other.
+    t.crictl_ok(&["rm", "--force", &ids[0]])?;
+    ask(&ids[1], "/s")?;
+    server.join().map_err(|_| anyhow!("the server has panicked"))??;
     t.remove_pod(&pod)
 }

@@ -14,6 +14,7 @@ mod network;
 mod observe;
 mod run;
 mod security;
+mod sockets;
 mod task;
 mod terminal;
 mod userns;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         run::TESTS,
         io::TESTS,
         security::TESTS,
+        sockets::TESTS,
         limits::TESTS,
         network::TESTS,
         task::TESTS,
