@@ -2,13 +2,16 @@
  * talker PATH: connects to the unix socket and copies standard input to it and what it says to standard output, each
  * until its end, of which the other side is told; ends when both have ended, or when the other side has closed.
  * talker -l PATH: listens there, says "listening", and answers each connection with what it says, up to its end.
- * For images that have no such program.
+ * talker -k PATH: locks the file (flock(2)) and says "locked", up to the end of standard input; or says "refused".
+ * For images that have no such programs.
  */
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -22,7 +25,7 @@ static void fail(const char *what)
 /* Copies what there is; false at the end. */
 static int copy(int from, int to)
 {
-	char bytes[1 << 16];
+	static char bytes[1 << 16];
 	ssize_t length = read(from, bytes, sizeof(bytes));
 
 	if (length < 0)
@@ -54,14 +57,30 @@ static void talk(int peer)
 	}
 }
 
+static int lock(const char *path)
+{
+	int fd = open(path, O_RDWR | O_CREAT, 0666), locked;
+
+	if (fd < 0)
+		fail("open");
+	locked = !flock(fd, LOCK_EX | LOCK_NB);
+	puts(locked ? "locked" : "refused");
+	fflush(stdout);
+	while (locked && copy(STDIN_FILENO, STDOUT_FILENO))
+		;
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	int listens = argc == 3 && !strcmp(argv[1], "-l");
+	if (argc == 3 && !strcmp(argv[1], "-k"))
+		return lock(argv[2]);
 	int fd = socket(AF_UNIX, SOCK_STREAM, 0), peer;
 
 	if (argc != 2 + listens || strlen(argv[argc - 1]) >= sizeof(address.sun_path)) {
-		fputs("usage: talker [-l] PATH\n", stderr);
+		fputs("usage: talker [-l|-k] PATH\n", stderr);
 		return 1;
 	}
 	signal(SIGPIPE, SIG_IGN);

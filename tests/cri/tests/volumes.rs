@@ -19,6 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("volumes::the_host_keeps_what_it_has_mounted_below", kept),
     Test::common("volumes::later_mounts_of_the_host_are_seen_where_asked", propagation),
     Test::common("volumes::one_that_is_exchanged_tells_who_watches", exchanged),
+    Test::common("volumes::a_socket_of_one_container_is_used_by_another", socket_between),
     Test::common("volumes::a_socket_of_the_host_is_used_by_containers", socket_of_the_host),
     Test::common("volumes::a_read_only_root_gets_the_mount_points_it_lacks", read_only_root),
     Test::common("volumes::one_at_dev_shm_is_the_users", at_dev_shm),
@@ -286,6 +287,40 @@ fn exchanged(t: &mut Context<'_>) -> Result<()> {
 fn talker() -> Result<Value> {
     let talker = std::env::var("BULKHEAD_TEST_TALKER").context("BULKHEAD_TEST_TALKER names the talker")?;
     Ok(json!({"host_path": talker, "container_path": "/talker", "readonly": true}))
+}
+
+fn socket_between(t: &mut Context<'_>) -> Result<()> {
+    let volume = t.dir().join("shared");
+    fs::create_dir(&volume)?;
+    let pod = t.pod("p", |_| {})?;
+    let mounts = json!([talker()?, {"host_path": volume, "container_path": "/m"}]);
+    // One that is there before the socket is, and one that comes later.
+    let start = |name: &str| -> Result<_> {
+        let id = t.create_in(&pod, name, SLEEPER, |c| c["mounts"] = mounts.clone())?;
+        t.crictl_ok(&["start", &id])?;
+        Ok(id)
+    };
+    let (before, server) = (start("before")?, start("server")?);
+    ensure!(t.exec_in(&before, "ls /m")?.is_empty());
+    let listening = t.crictl()?.args(["exec", &server, "/talker", "-l", "/m/s.sock"]).spawn()?;
+    listening.wait_for_text("listening\n")?;
+    let after = start("after")?;
+    for (name, id) in [("server", &server), ("before", &before), ("after", &after)] {
+        let said = t.exec_in(id, &format!("printf {name} | /talker /m/s.sock"))?;
+        ensure!(said == name, "{name}: {said}");
+    }
+    // What makes the one work makes the other.
+    let lock = ["exec", "-i", &before, "/talker", "-k", "/m/lock"];
+    let locked = t.crictl()?.args(lock).stdin_open().spawn()?;
+    locked.wait_for_text("locked\n")?;
+    let again = t.exec_in(&after, "/talker -k /m/lock </dev/null")?;
+    ensure!(again == "refused", "the other container said {again:?}");
+    // The volume stays with those that are left, and what is in it with the host.
+    t.crictl_ok(&["rm", "--force", &before])?;
+    let said = t.exec_in(&after, "printf left | /talker /m/s.sock")?;
+    ensure!(said == "left", "{said}");
+    ensure!(volume.join("lock").exists());
+    t.remove_pod(&pod)
 }
 
 fn socket_of_the_host(t: &mut Context<'_>) -> Result<()> {
