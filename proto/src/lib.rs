@@ -34,8 +34,8 @@ pub const SHM_DIR: &str = "/run/bulkhead/shm";
 /// does so with ConfigMaps, Secrets, the downward API and projected volumes (pkg/volume/util/atomic_writer.go).
 pub const VOLUME_LINK: &str = "..data";
 
-/// The most connections that the containers of a pod have to sockets of the host at one time. Each takes four descriptors of the
-/// agent, and as many of the shim.
+/// The most connections that the containers of a pod have to sockets of the host at one time. Each takes four
+/// descriptors of the agent, and as many of the shim.
 pub const MOST_CONNECTIONS: usize = 128;
 
 /// Prefix of an error message for a command that is not in the container, after which the reason follows
