@@ -337,7 +337,9 @@ fn many(t: &mut Context) -> Result<()> {
         }
         anyhow::Ok(())
     });
-    let script = format!("for n in $(seq {CONNECTIONS}); do {TALKER} /s </dev/null & done; wait; echo");
+    let script = format!(
+        "for n in $(seq {CONNECTIONS}); do ({TALKER} /s </dev/null || echo bad $?) & done; wait; echo"
+    );
     let said = t.exec_ok("c", &script)?;
     ensure!(said.trim() == ".".repeat(CONNECTIONS), "{said}");
     served(server)?;
