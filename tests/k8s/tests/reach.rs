@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::{Context, Test, stretched};
@@ -11,6 +11,11 @@ use harness::{Context, Test, stretched};
 pub(crate) const TESTS: &[Test] = &[
     Test::common("reach::logs_exec_attach_cp_and_forward", commands),
     Test::common("reach::an_ephemeral_container_debugs", debug),
+    Test::bulkhead(
+        "reach::what_containers_use_is_told",
+        "what the kubelet knows of runc's containers is up to 15 s old, and nothing tells when it is newer",
+        usage,
+    ),
 ];
 
 fn commands(t: &mut Context<'_>) -> Result<()> {
@@ -105,4 +110,32 @@ fn debug(t: &mut Context<'_>) -> Result<()> {
         "{seen}"
     );
     Ok(())
+}
+
+/// What metrics servers read, and `kubectl top` and autoscalers have from them.
+fn usage(t: &mut Context<'_>) -> Result<()> {
+    t.example("usage.yaml")?;
+    t.ready(&["usage"])?;
+    let node = t.field("pod/usage", "{.spec.nodeName}")?;
+    let figures = t.kubectl_ok(&["get", "--raw", &format!("/api/v1/nodes/{node}/proxy/metrics/resource")])?;
+    let figure = |name: &str, container: &str| -> Result<f64> {
+        let start = format!("{name}{{container=\"{container}\",namespace=\"default\",pod=\"usage\"}} ");
+        let line = figures.lines().find_map(|line| line.strip_prefix(&start));
+        let value = line.and_then(|line| line.split(' ').next());
+        Ok(value.with_context(|| format!("no {name} of {container} in {figures}"))?.parse()?)
+    };
+    let memory = |container| figure("container_memory_working_set_bytes", container);
+    let (busy, idle) = (memory("busy")?, memory("idle")?);
+    let mib = f64::from(1 << 20);
+    ensure!((40.0 * mib..64.0 * mib).contains(&busy), "busy uses {busy} bytes");
+    ensure!((1.0..16.0 * mib).contains(&idle), "idle uses {idle} bytes");
+    ensure!(figure("container_cpu_usage_seconds_total", "busy")? > 0.0, "{figures}");
+    // Without it a metrics server leaves a container out.
+    let (started, now) = (figure("container_start_time_seconds", "busy")?, unix_now()?);
+    ensure!((now - 600.0..=now).contains(&started), "started at {started}, and it is {now}");
+    Ok(())
+}
+
+fn unix_now() -> Result<f64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64())
 }
