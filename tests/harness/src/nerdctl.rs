@@ -88,6 +88,20 @@ impl Context<'_> {
             .collect()
     }
 
+    /// The same by a nerdctl to whom /etc has the files of `etc` before its own, and with words before `run`.
+    pub fn nerdctl_run_with_etc(
+        &self,
+        etc: &Path,
+        before: &[&str],
+        flags: &[&str],
+        command: &[&str],
+    ) -> Result<Run> {
+        let program = variable("BULKHEAD_TEST_NERDCTL", "tests/parts/nerdctl")?;
+        let script = "mount -n -t overlay -o lowerdir=\"$0\":/etc overlay /etc && exec \"$@\"";
+        let run = Run::new("unshare").args(["--mount", "sh", "-c", script]).arg(etc).arg(program);
+        Ok(self.node_ref().for_nerdctl(run).args(before).args(self.nerdctl_run_args(flags, command)))
+    }
+
     /// Starts `nerdctl run -it …` on a new terminal.
     pub fn nerdctl_on_terminal(&self, flags: &[&str], command: &[&str]) -> Result<(Pty, Proc)> {
         let program = variable("BULKHEAD_TEST_NERDCTL", "tests/parts/nerdctl")?;

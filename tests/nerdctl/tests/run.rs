@@ -1,5 +1,7 @@
 //! `nerdctl run`: what the command sees, what of it is seen outside, and which limits hold.
 
+use std::fs;
+
 use anyhow::{Result, ensure};
 use harness::{Context, Test};
 
@@ -11,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     Test::common("run::what_the_flags_say", what_the_flags_say),
     Test::common("run::limits_and_powers", limits_and_powers),
     Test::common("run::a_command_that_is_not_there", not_there),
+    Test::common("run::users_of_its_own", users),
 ];
 
 fn output_input_and_status(t: &mut Context<'_>) -> Result<()> {
@@ -89,5 +92,25 @@ fn not_there(t: &mut Context<'_>) -> Result<()> {
     let run =
         t.nerdctl()?.args(["run", "--rm", "--pull", "never", "bulkhead.test/nosuch:1", "true"]).output()?;
     run.expect_failure()?.expect_stderr(&["nosuch"])?;
+    Ok(())
+}
+
+/// The one who is root in the container is another outside, also for the files that it makes and those of the image.
+fn users(t: &mut Context<'_>) -> Result<()> {
+    let etc = t.dir().join("etc");
+    fs::create_dir(&etc)?;
+    for file in ["subuid", "subgid"] {
+        fs::write(etc.join(file), "games:100000:65536\n")?;
+    }
+    let script =
+        "id -u; touch /made; stat -c %u /made /bin/busybox; cat /proc/self/uid_map /proc/self/gid_map";
+    let flags = ["--rm", "--network=none"];
+    let run = t.nerdctl_run_with_etc(&etc, &["--userns-remap=games"], &flags, &["sh", "-c", script])?;
+    let seen = run.output()?.ok()?.out();
+    let words: Vec<_> = seen.split_whitespace().collect();
+    ensure!(words == ["0", "0", "0", "0", "100000", "65536", "0", "100000", "65536"], "{seen}");
+    let run = t.nerdctl_run(&["--rm", "--userns=host"], &["cat", "/proc/self/uid_map"])?;
+    let seen = run.output()?.ok()?.out();
+    ensure!(seen.split_whitespace().eq(["0", "0", "4294967295"]), "{seen}");
     Ok(())
 }
