@@ -8,7 +8,7 @@ use crate::report::{End, Specs};
 
 /// What is said of a spec.
 #[derive(Debug, PartialEq, Eq)]
-enum Remark {
+pub(crate) enum Remark {
     /// It passed wherever it ran.
     None,
     /// It differs, and this is why.
@@ -18,18 +18,20 @@ enum Remark {
 }
 
 #[derive(Debug)]
-struct Row {
-    spec: String,
-    runc: Option<End>,
-    other: Option<End>,
-    remark: Remark,
+pub(crate) struct Row {
+    pub(crate) spec: String,
+    /// How it ended with runc; none where it did not run.
+    pub(crate) runc: Option<End>,
+    /// And with the handler.
+    pub(crate) other: Option<End>,
+    pub(crate) remark: Remark,
 }
 
 /// One row for each spec.
 #[derive(Debug)]
 pub(crate) struct Table {
-    handler: Option<String>,
-    rows: Vec<Row>,
+    pub(crate) handler: Option<String>,
+    pub(crate) rows: Vec<Row>,
 }
 
 /// Holds a handler's report against runc's, or judges runc's alone.
@@ -58,7 +60,7 @@ fn remark(spec: &str, runc: Option<&End>, other: Option<Option<&End>>, known: &K
     let here = known.reason(Where::Here, spec);
     let on_runc = match (here, runc) {
         (Some(_), None) => {
-            return Remark::Fault("named under [here], but critest has no such spec".to_owned());
+            return Remark::Fault("named under [here], but the suite has no such spec".to_owned());
         }
         // Another machine may allow what this one forbids, and then it is held against the runtime.
         (_, None | Some(End::Passed)) => Remark::None,
@@ -71,7 +73,7 @@ fn remark(spec: &str, runc: Option<&End>, other: Option<Option<&End>>, known: &K
     match (known.reason(Where::Bulkhead, spec), other) {
         _ if matches!(on_runc, Remark::Fault(_)) => on_runc,
         (Some(_), None) if runc.is_none() => {
-            Remark::Fault("named under [bulkhead], but critest has no such spec".to_owned())
+            Remark::Fault("named under [bulkhead], but the suite has no such spec".to_owned())
         }
         (_, None) => Remark::Fault("it did not run".to_owned()),
         (Some(_), Some(End::Passed)) => Remark::Fault("named under [bulkhead], but it passes".to_owned()),
