@@ -23,7 +23,13 @@ use tokio::sync::mpsc;
 use tracing::{Instrument, error, info_span, warn};
 
 use self::{containers::Prepared, figures::Scrapes, resize::Book, wanted::Wanted};
-use super::{machine::Running, model::*, network::PodNetwork, sockets::Sockets, stand_in::StandIn};
+use super::{
+    machine::{self, Running},
+    model::*,
+    network::PodNetwork,
+    sockets::Sockets,
+    stand_in::StandIn,
+};
 use crate::{
     cgroup,
     config::Config,
@@ -298,15 +304,15 @@ impl Host {
             }
             Job::GuestCreate(id) => {
                 let result = self.guest_create(&id).instrument(info_span!("create")).await;
-                Done::GuestCreate(id, result)
+                Done::GuestCreate(id, self.explained(result).await)
             }
             Job::GuestStart(id) => {
                 let result = self.guest_start(&id).instrument(info_span!("exec_command")).await;
-                Done::GuestStart(id, result)
+                Done::GuestStart(id, self.explained(result).await)
             }
             Job::GuestExec { key, io, process, size } => {
                 let result = self.guest_exec(&key, &io, process, size).instrument(info_span!("exec")).await;
-                Done::GuestExec(key, result)
+                Done::GuestExec(key, self.explained(result).await)
             }
             Job::Release { container, guest } => {
                 self.release(&container, guest).await;
@@ -321,6 +327,15 @@ impl Host {
                 Done::Ask(ticket, ask, result)
             }
             Job::Teardown => Done::Teardown(self.teardown().instrument(info_span!("teardown")).await),
+        }
+    }
+
+    /// What the guest answered; where its machine ended meanwhile, with the reason of that.
+    async fn explained<T>(&self, result: Result<T, Fault>) -> Result<T, Fault> {
+        let ended = lock(&self.ready).as_ref().map(|ready| ready.running.ended());
+        match (result, ended) {
+            (Err(fault), Some(ended)) => Err(machine::explained(fault, ended).await),
+            (result, _) => result,
         }
     }
 

@@ -14,7 +14,11 @@ use tokio::{
 use tracing::{error, info};
 
 use super::model::{Input, MachineEnd};
-use crate::{cgroup, tasks};
+use crate::{
+    cgroup,
+    error::{Fault, Kind},
+    tasks,
+};
 
 /// Exit status of processes whose machine was killed: 128 + SIGKILL.
 const STATUS_KILLED: u32 = 137;
@@ -22,6 +26,8 @@ const STATUS_KILLED: u32 = 137;
 const STATUS_LOST: u32 = 255;
 /// How long ending a machine may take; it is a SIGKILL to a handful of processes.
 const KILL: Duration = Duration::from_secs(5);
+/// How long the end of the machine is waited for when its guest has hung up: its parts die one after the other.
+const SEEN: Duration = Duration::from_secs(2);
 
 /// The machine of a sandbox, while it lives and after.
 pub(super) struct Running {
@@ -134,5 +140,80 @@ async fn run(
 fn describe(ended: &Ended, oom: bool) -> MachineEnd {
     let killed = matches!(ended.exit, Exit::Signal(9));
     let status = if killed { STATUS_KILLED } else { STATUS_LOST };
-    MachineEnd { reason: ended.to_string(), status, oom: oom && killed, at: SystemTime::now() }
+    let oom = oom && killed;
+    let mut reason = ended.to_string();
+    if oom {
+        reason.push_str(
+            "; the limit of memory of its cgroup on the host leaves too little for a machine: with Kubernetes, \
+             name a RuntimeClass that states its overhead",
+        );
+    }
+    MachineEnd { reason, status, oom, at: SystemTime::now() }
+}
+
+/// Why a call to the guest failed. A guest that hangs up because its machine ends says nothing of that, and the end is
+/// seen a moment later: so it is waited for, and tells the reason.
+pub(super) async fn explained(fault: Fault, mut ended: watch::Receiver<Option<MachineEnd>>) -> Fault {
+    if fault.kind != Kind::Unavailable {
+        return fault;
+    }
+    match tokio::time::timeout(SEEN, ended.wait_for(Option::is_some)).await {
+        Ok(Ok(end)) => {
+            let reason = end.as_ref().map(|end| end.reason.as_str()).unwrap_or_default();
+            Fault::new(Kind::Unavailable, format!("the sandbox's machine has ended: {reason}"))
+        }
+        // It lives, or nobody watches it any more.
+        Ok(Err(_)) | Err(_) => fault,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn killed() -> Ended {
+        Ended {
+            part: "qemu".into(),
+            exit: Exit::Signal(9),
+            asked: false,
+            panic: None,
+            messages: Vec::new(),
+            console: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_machine_that_the_host_had_no_memory_for_says_what_to_do() {
+        let end = describe(&killed(), true);
+        assert!(end.oom && end.status == STATUS_KILLED, "{end:?}");
+        assert!(end.reason.starts_with("qemu ") && end.reason.contains("RuntimeClass"), "{}", end.reason);
+        assert!(!describe(&killed(), false).reason.contains("memory"));
+        let left = Ended { exit: Exit::Code(1), ..killed() };
+        assert!(!describe(&left, true).oom);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_hangs_up_is_explained_by_the_end_of_its_machine() {
+        let lost = || Fault::new(Kind::Unavailable, "the guest cannot be reached: early eof");
+        let (tell, ended) = watch::channel(None);
+        let (fault, ()) = tokio::join!(explained(lost(), ended.clone()), async {
+            tokio::time::sleep(SEEN / 2).await;
+            tell.send_replace(Some(describe(&killed(), true)));
+        });
+        assert!(
+            fault.message.contains("machine has ended") && fault.message.contains("RuntimeClass"),
+            "{fault}"
+        );
+        let own = Fault::new(Kind::NotFound, "no such program");
+        assert_eq!(explained(own, ended).await.message, "no such program");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_guest_that_hangs_up_while_its_machine_lives_is_told_as_that() {
+        let lost = || Fault::new(Kind::Unavailable, "the guest cannot be reached: early eof");
+        let (tell, ended) = watch::channel(None);
+        assert_eq!(explained(lost(), ended.clone()).await.message, lost().message);
+        drop(tell);
+        assert_eq!(explained(lost(), ended).await.message, lost().message);
+    }
 }
