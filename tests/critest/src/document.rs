@@ -29,22 +29,18 @@ fn results(about: &str, table: &Table) -> String {
     let passed = |row: &&Row| row.runc == Some(End::Passed);
     let (with_runc, without): (Vec<_>, Vec<_>) = table.rows.iter().partition(passed);
     section(&mut text, "Pass with runc and not with bulkhead", "reason", &with_runc, |remark| match remark {
-        Remark::Reason(reason) => Some(reason),
+        Remark::Reason(reason) => Some(reason.replace('|', "\\|")),
         _ => None,
     });
-    section(
-        &mut text,
-        "Pass with neither, because of the machine",
-        "reason",
-        &without,
-        |remark| match remark {
-            Remark::Reason(reason) => Some(reason),
+    section(&mut text, "Do not pass with runc, because of the set-up", "reason", &without, |remark| {
+        match remark {
+            Remark::Reason(reason) => Some(reason.replace('|', "\\|")),
             _ => None,
-        },
-    );
+        }
+    });
     let all: Vec<_> = table.rows.iter().collect();
     section(&mut text, "Without a reason that is known", "what was seen", &all, |remark| match remark {
-        Remark::Fault(fault) => Some(fault),
+        Remark::Fault(fault) => Some(cell(fault)),
         _ => None,
     });
     text
@@ -80,9 +76,9 @@ fn section(
     title: &str,
     column: &str,
     rows: &[&Row],
-    remark: fn(&Remark) -> Option<&String>,
+    remark: fn(&Remark) -> Option<String>,
 ) {
-    let mut specs: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut specs: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for row in rows {
         if let Some(words) = remark(&row.remark) {
             specs.entry(words).or_default().push(&row.spec);
@@ -94,7 +90,7 @@ fn section(
     let _ = writeln!(text, "\n## {title}\n| spec | {column} |\n|---|---|");
     for (words, names) in specs {
         let names: Vec<_> = names.into_iter().map(cell).collect();
-        let _ = writeln!(text, "| {} | {} |", names.join("<br>"), cell(words));
+        let _ = writeln!(text, "| {} | {} |", names.join("<br>"), words);
     }
 }
 

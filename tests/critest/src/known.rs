@@ -67,7 +67,10 @@ pub(crate) fn parse(text: &str) -> anyhow::Result<Known> {
             "" => ensure!(specs.is_empty(), "{}: a spec without a reason below it", at()),
             "[here]" => place = Some(Where::Here),
             "[bulkhead]" => place = Some(Where::Bulkhead),
-            _ if line.starts_with('[') => bail!("{}: unknown section {line}", at()),
+            // A spec's name may begin with a mark in brackets; a section is nothing else.
+            _ if line.starts_with('[') && line.find(']') == Some(line.len() - 1) => {
+                bail!("{}: unknown section {line}", at())
+            }
             _ => specs.push(line.to_owned()),
         }
     }
@@ -111,6 +114,12 @@ mod tests {
     }
 
     #[test]
+    fn the_name_of_a_spec_may_begin_with_a_mark() {
+        let known = parse("[here]\n[sig-node] a > b [Slow]\n  says x\n  c\n").unwrap();
+        assert_eq!(known.specs(Where::Here).collect::<Vec<_>>(), ["[sig-node] a > b [Slow]"]);
+    }
+
+    #[test]
     fn what_is_not_understood_is_refused() {
         for (text, word) in [
             ("[elsewhere]\n", "elsewhere"),
@@ -128,7 +137,8 @@ mod tests {
     }
 
     #[test]
-    fn the_file_that_is_in_use_can_be_read() {
+    fn the_files_that_are_in_use_can_be_read() {
         parse(include_str!("../differences")).unwrap();
+        parse(include_str!("../../e2e/differences")).unwrap();
     }
 }
