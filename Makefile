@@ -1,6 +1,6 @@
 # The front door: each target is one line that calls a script or cargo. PROFILE=quick builds faster.
 .DEFAULT_GOAL := help
-.PHONY: help run up down env k8s k8s-down build bundle installer image kernel parts test test-k8s test-matrix lint critest bench fuzz node node-run node-down bench-kvm bench-node bench-k8s
+.PHONY: help run up down env k8s k8s-down build bundle installer image kernel parts test test-k8s test-matrix lint critest k8s-e2e bench fuzz node node-run node-down bench-kvm bench-node bench-k8s
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ lint: ## rustfmt, clippy, shellcheck
 
 critest: ## CRI's conformance suite beside runc, as a table [RUNTIME=bulkhead|bulkhead-podsandbox|runc] [BACKEND=kvm|emulation]
 	@RUNTIME="$(RUNTIME)" BACKEND="$(BACKEND)" FOCUS="$(FOCUS)" tests/critest/run
+
+k8s-e2e: ## Kubernetes' own end-to-end suite with every pod a machine, beside runc [FOCUS=…] [RUNTIME=bulkhead|bulkhead-podsandbox|runc]
+	@RUNTIME="$(RUNTIME)" BACKEND="$(BACKEND)" FOCUS="$(FOCUS)" tests/e2e/run
 
 bench: ## times and memory beside runc, as a table and JSON
 	@tests/perf/run
