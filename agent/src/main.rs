@@ -20,6 +20,7 @@ mod launcher;
 mod limits;
 mod log;
 mod machine;
+mod memory;
 mod net;
 mod netns;
 mod podns;

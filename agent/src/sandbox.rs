@@ -43,7 +43,9 @@ use crate::{
     events::Events,
     forward,
     launcher::{Create, LastMile, LaunchError, Launched, Launcher, Size},
-    limits, machine, net, netns, podns,
+    limits, machine,
+    memory::Memory,
+    net, netns, podns,
     reaper::{Key, Reaper},
     sockets::Sockets,
     spec::{self, Guest},
@@ -98,6 +100,8 @@ struct Container {
     disks: Disks,
     /// Its volumes that are copies.
     copies: Arc<Copies>,
+    /// What it has mounted of volumes in memory.
+    _memory: Memory,
     /// Its sockets that stand for the host's.
     sockets: Arc<Sockets>,
     /// Running processes by exec id; an empty id is init.
@@ -211,6 +215,8 @@ impl Sandbox {
         let disks = tokio::task::spawn_blocking(move || Disks::find(&wanted)).await;
         let disks = disks.unwrap_or_else(|e| Err(std::io::Error::other(e)));
         let disks = disks.doing(|| "find the container's block devices".into())?;
+        let memory = Memory::make(id, &request.memory)
+            .doing(|| format!("make the volumes in memory of container {id}"))?;
         let sockets = Sockets::make(id, &request.sockets, &self.events, &self.connections)?;
         let create = {
             let mut state = self.state();
@@ -226,6 +232,7 @@ impl Sandbox {
                 has_device: &|typ, major, minor| spec::sys_dev(typ, major, minor).exists(),
                 disks,
                 copies: Some(&copies),
+                memory: Some(&memory),
                 sockets: Some(&sockets),
                 ipc_sysctls: &state.ipc_sysctls,
                 users: state.users.as_ref(),
@@ -241,6 +248,7 @@ impl Sandbox {
                     users: create.users.clone(),
                     disks,
                     copies: Arc::new(copies),
+                    _memory: memory,
                     sockets: Arc::new(sockets),
                     processes: HashMap::new(),
                     oom_kills: 0,

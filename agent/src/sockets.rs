@@ -12,15 +12,11 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
-    io,
+    fs, io,
     net::Shutdown,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::{
-            fs::{FileTypeExt, OpenOptionsExt},
-            net::UnixListener as StdListener,
-        },
+        fd::{AsFd, OwnedFd},
+        unix::{fs::FileTypeExt, net::UnixListener as StdListener},
     },
     path::{Component, Path, PathBuf},
     sync::{
@@ -49,7 +45,7 @@ use crate::{
     error::{Doing, Error, Result},
     events::Events,
     stdio::{self, BUFFER, Stream},
-    volumes,
+    volumes::{self, by_descriptor, hold},
 };
 
 /// Where the sockets lie.
@@ -260,12 +256,6 @@ fn listen(dir: &Path, number: u32) -> io::Result<UnixListener> {
     UnixListener::from_std(listener)
 }
 
-/// Opens what is there, whatever it is, but follows no link.
-fn hold(path: &Path) -> io::Result<OwnedFd> {
-    let flags = (OFlag::O_PATH | OFlag::O_NOFOLLOW).bits();
-    Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
-}
-
 /// Opens what is below a folder, by names alone: no link leads out of it.
 fn find(folder: &Path, below: &Path) -> io::Result<OwnedFd> {
     let mut found = hold(folder)?;
@@ -277,10 +267,6 @@ fn find(folder: &Path, below: &Path) -> io::Result<OwnedFd> {
         found = openat(&found, name, flags, Mode::empty())?;
     }
     Ok(found)
-}
-
-fn by_descriptor(fd: &OwnedFd) -> PathBuf {
-    Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string())
 }
 
 fn bind(source: &Path, target: &Path, more: MsFlags) -> io::Result<()> {

@@ -19,6 +19,7 @@ use crate::{
     disks::Disks,
     error::{Error, Result},
     launcher::{Create, Exec, LastMile, Size, allows_every_device, default_devices},
+    memory::Memory,
     podns,
     sockets::Sockets,
     users::Users,
@@ -37,6 +38,8 @@ pub(crate) struct Guest<'a> {
     pub(crate) disks: Disks,
     /// Copies that stand for volumes of the host.
     pub(crate) copies: Option<&'a Copies>,
+    /// Volumes in the guest's memory.
+    pub(crate) memory: Option<&'a Memory>,
     /// Sockets that stand for those of the host.
     pub(crate) sockets: Option<&'a Sockets>,
     /// Sysctls of the pod that belong to each container's ipc namespace.
@@ -75,6 +78,7 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     let devices = devices(&mut linux, guest)?;
     refuse_sharing(&spec)?;
     mount_copies(&mut spec, guest);
+    mount_memory(&mut spec, guest);
     mount_sockets(&mut spec, guest);
     let users = join_users(&mut linux, &process, guest)?;
     if let Some(propagation) = linux.rootfs_propagation() {
@@ -310,6 +314,19 @@ fn mount_copies(spec: &mut Spec, guest: &Guest<'_>) {
         let copy = mount.source().as_ref().and_then(|source| copies.of(source)).map(Path::to_owned);
         if copy.is_some() {
             mount.set_source(copy);
+        }
+    }
+    spec.set_mounts(Some(mounts));
+}
+
+/// Has bind mounts of volumes in the guest's memory show these.
+fn mount_memory(spec: &mut Spec, guest: &Guest<'_>) {
+    let Some(memory) = guest.memory else { return };
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        let place = mount.source().as_ref().and_then(|source| memory.of(source)).map(Path::to_owned);
+        if place.is_some() {
+            mount.set_source(place);
         }
     }
     spec.set_mounts(Some(mounts));

@@ -6,6 +6,7 @@ fn guest() -> Guest<'static> {
     Guest {
         disks: Disks::default(),
         copies: None,
+        memory: None,
         sockets: None,
         network: "/run/bulkhead/ns/net".into(),
         namespaces: Path::new("/run/bulkhead/ns"),

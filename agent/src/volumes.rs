@@ -13,12 +13,17 @@
 use std::{
     collections::BTreeSet,
     ffi::OsString,
-    fs, io,
-    os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink},
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink},
+    },
     path::{Component, Path, PathBuf},
 };
 
 use bulkhead_proto::{VOLUME_LINK, agent::FollowedVolume};
+use nix::fcntl::OFlag;
 
 /// Where the copies lie.
 const DIR: &str = "/run/bulkhead/volumes";
@@ -153,6 +158,17 @@ pub(crate) fn own(path: &Path, uid: u32, gid: u32, mode: u32) -> io::Result<()> 
     lchown(path, Some(uid), Some(gid))?;
     // After the owner, whose change takes the bits of set-user-id.
     fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o7777))
+}
+
+/// Opens what is there, whatever it is, but follows no link.
+pub(crate) fn hold(path: &Path) -> io::Result<OwnedFd> {
+    let flags = (OFlag::O_PATH | OFlag::O_NOFOLLOW).bits();
+    Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
+}
+
+/// The path by which what is open can be reached.
+pub(crate) fn by_descriptor(fd: &OwnedFd) -> PathBuf {
+    Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string())
 }
 
 fn absent(removed: io::Result<()>) -> io::Result<()> {

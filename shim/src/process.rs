@@ -70,6 +70,37 @@ pub fn mount_points() -> io::Result<Vec<PathBuf>> {
     Ok(text.lines().filter_map(|l| l.split(' ').nth(4)).map(|f| PathBuf::from(unescape(f))).collect())
 }
 
+/// A mount, as /proc/pid/mountinfo tells of it (proc(5)).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mounted {
+    /// Major and minor number of the file system.
+    pub device: (u32, u32),
+    /// What of the file system is mounted.
+    pub root: PathBuf,
+    /// Where.
+    pub point: PathBuf,
+    /// The kind of file system.
+    pub kind: String,
+}
+
+/// Every mount of this mount namespace, the newest last.
+pub fn mounts() -> io::Result<Vec<Mounted>> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(text.lines().filter_map(mounted).collect())
+}
+
+fn mounted(line: &str) -> Option<Mounted> {
+    let (fields, rest) = line.split_once(" - ")?;
+    let mut fields = fields.split(' ').skip(2);
+    let (major, minor) = fields.next()?.split_once(':')?;
+    Some(Mounted {
+        device: (major.parse().ok()?, minor.parse().ok()?),
+        root: unescape(fields.next()?).into(),
+        point: unescape(fields.next()?).into(),
+        kind: rest.split(' ').next()?.to_owned(),
+    })
+}
+
 /// Undoes the octal escapes of mountinfo (blank, tab, newline, backslash).
 fn unescape(field: &str) -> String {
     let mut out = Vec::with_capacity(field.len());

@@ -72,6 +72,8 @@ pub struct Files {
     pub followed: Vec<agent::FollowedVolume>,
     /// Sockets of the host, which the guest names by their places in this list.
     pub sockets: Vec<agent::HostSocket>,
+    /// Volumes that the guest has in its own memory.
+    pub memory: Vec<agent::MemoryVolume>,
 }
 
 /// The agent of one guest.
@@ -174,6 +176,7 @@ impl Agent {
             disks: files.disks,
             followed: files.followed,
             sockets: files.sockets,
+            memory: files.memory,
             stdio: Some(stdio(io, tokens, size)).into(),
             ..Default::default()
         };

@@ -3,6 +3,7 @@
 
 mod disk;
 mod idmap;
+mod memory;
 mod mount;
 mod places;
 mod pod;
@@ -12,6 +13,7 @@ mod socket;
 mod volume;
 
 pub use disk::{DiskError, Disks, binding, shape};
+pub use memory::MemoryVolume;
 pub use mount::{MountError, bind, make_read_only, mount};
 pub use places::Places;
 pub use pod::PodFiles;

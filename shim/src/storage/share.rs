@@ -18,6 +18,7 @@ use std::{
 
 use super::{
     idmap::Owners,
+    memory::MemoryVolume,
     mount::{self, MountError, mount, mount_owned},
     places::{self, Candidate, Farewell, Places, Step},
     points::make_point,
@@ -200,12 +201,11 @@ impl Share {
             place_for(&target, false)?;
             return Ok(Shown::Socket);
         }
-        let candidate = if own {
-            None
-        } else {
-            let look = |source: io::Error| ShareError::Below { path: bind.source.clone(), source };
-            Candidate::of(bind).map_err(look)?
-        };
+        let look = |source: io::Error| ShareError::Below { path: bind.source.clone(), source };
+        if let Some(volume) = MemoryVolume::of(bind).map_err(look)? {
+            return Ok(Shown::Memory(volume));
+        }
+        let candidate = if own { None } else { Candidate::of(bind).map_err(look)? };
         if let Some(candidate) = candidate {
             return self.add_to_place(ledger, places, id, bind, facts.is_dir(), candidate);
         }
@@ -317,6 +317,8 @@ pub enum Shown {
     Socket,
     /// In the guest, at a place that other containers may have too.
     At(PathBuf),
+    /// Nowhere: it is in memory, and the guest has its own.
+    Memory(MemoryVolume),
 }
 
 /// Mounts a bind mount at `target`, for a container or for the whole sandbox.

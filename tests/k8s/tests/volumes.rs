@@ -24,9 +24,16 @@ fn volumes(t: &mut Context<'_>) -> Result<()> {
     let seen = t.in_pod(
         "volumes",
         "reader",
-        "df -k /memory | tail -n 1 | awk '{print $2}'; mount | grep -c ' /memory type '",
+        "df -k /memory | tail -n 1 | awk '{print $2}'; stat -f -c %T /memory; stat -c '%a %g' /memory; \
+         mount | grep -c ' /memory type '",
     )?;
-    ensure!(seen == "16384\n1", "{seen}");
+    ensure!(seen == "16384\ntmpfs\n3777 2000\n1", "{seen}");
+    let part = "cat /memory/deep/part/note; stat -c '%a %g' /memory/deep/part";
+    let seen = t.in_pod("volumes", "reader", part)?;
+    ensure!(seen == "a part in memory\n3777 2000", "{seen}");
+    let full =
+        t.in_pod("volumes", "writer", "dd if=/dev/zero of=/part/much bs=1M count=20 2>&1; rm /part/much")?;
+    ensure!(full.contains("No space left on device"), "{full}");
     // What the one may write to the node the other may not, and the node sees it.
     let refused = t.kubectl(&["exec", "volumes", "-c", "writer", "--", "touch", "/node/no"]).output()?;
     refused.expect_failure()?.expect_stderr(&["Read-only file system"])?;

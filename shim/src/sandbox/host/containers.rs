@@ -8,7 +8,7 @@ use std::{
     time::SystemTime,
 };
 
-use bulkhead_proto::agent::{GuestProcess, HostSocket};
+use bulkhead_proto::agent::{self, GuestProcess, HostSocket};
 use tracing::{Instrument, error, info_span, warn};
 
 use super::{
@@ -32,7 +32,7 @@ use crate::{
     plan::{self, Bind, ContainerPlan, Limits, Role},
     process,
     stdio::Tokens,
-    storage::{self, Facts, PodFiles, Share, Shown, Volume, find_sockets},
+    storage::{self, Facts, MemoryVolume, PodFiles, Share, Shown, Volume, find_sockets},
 };
 
 /// Below a sandbox's directory: the empty root of what stands for a pod.
@@ -56,6 +56,8 @@ pub(super) struct Prepared {
     sockets: Vec<usize>,
     /// Where the guest finds those that containers may have together, by their numbers.
     places: HashMap<usize, PathBuf>,
+    /// Those that the guest has in its own memory.
+    memory: Vec<MemoryVolume>,
 }
 
 /// What there is to know of a container's files when they are shared.
@@ -83,6 +85,7 @@ impl Host {
             PodFiles::new(&self.dir).add_to(&request.id, &mut plan);
         }
         let (mut volumes, mut sockets, mut places) = (Vec::new(), Vec::new(), HashMap::new());
+        let mut memory = Vec::new();
         // Nothing runs in the root of a container that only stands for its pod.
         if role != Role::Sandbox {
             let files = self.share_files(&request, &plan).await?;
@@ -92,6 +95,7 @@ impl Host {
                     Shown::Own => {}
                     Shown::Mixed => plan.leave_to_host(&request.id, slot),
                     Shown::Socket => sockets.push(slot),
+                    Shown::Memory(volume) => memory.push(volume),
                     Shown::At(place) => {
                         plan.is_at(&request.id, slot, &place);
                         places.insert(slot, place);
@@ -104,7 +108,7 @@ impl Host {
             bundle: request.bundle,
             annotations: plan.guest_spec.annotations().clone().unwrap_or_default(),
         };
-        let prepared = Prepared { plan, subject, io: request.io, volumes, sockets, places };
+        let prepared = Prepared { plan, subject, io: request.io, volumes, sockets, places, memory };
         lock(&self.prepared).insert(request.id, prepared);
         Ok(role)
     }
@@ -156,7 +160,7 @@ impl Host {
     /// Makes the container in the guest and its stand-in on the host; answers the pid of the latter.
     pub(super) async fn guest_create(&self, id: &ContainerId) -> Result<i32, Fault> {
         let agent = self.agent()?;
-        let (hooks, subject, io, console, limits, spec, network, disks, volumes, binds, sockets) = {
+        let (hooks, subject, io, console, limits, spec, network, disks, volumes, binds, sockets, memory) = {
             let prepared = lock(&self.prepared);
             let p = prepared
                 .get(id)
@@ -175,6 +179,7 @@ impl Host {
                 p.volumes.clone(),
                 p.plan.binds.clone(),
                 (p.sockets.clone(), p.places.clone()),
+                p.memory.iter().map(|volume| in_memory(id, volume)).collect(),
             )
         };
         let disks = self.give_disks(id, &disks).await?;
@@ -207,7 +212,7 @@ impl Host {
         let volumes = self.follow(id, volumes, &agent);
         let followed = volumes.iter().map(|volume| followed(id, volume)).collect();
         let sockets = self.give_sockets(id, binds, sockets).await?;
-        let files = Files { disks, followed, sockets };
+        let files = Files { disks, followed, sockets, memory };
         let created = fail_point!(CreateStreams, agent.create(id, spec, &io, tokens, console, files).await);
         if created.is_err() {
             self.hub.forget(&key);
@@ -445,6 +450,23 @@ impl Host {
         {
             warn!(%error, "{POD_DELETED}");
         }
+    }
+}
+
+fn in_memory(id: &ContainerId, volume: &MemoryVolume) -> agent::MemoryVolume {
+    let folder = |(below, facts): &(PathBuf, Facts)| agent::MemoryFolder {
+        below: below.display().to_string(),
+        mode: facts.mode,
+        uid: facts.uid,
+        gid: facts.gid,
+        ..Default::default()
+    };
+    agent::MemoryVolume {
+        source: plan::in_share(id, volume.slot).display().to_string(),
+        name: volume.name.clone(),
+        size_bytes: volume.size,
+        folders: volume.folders.iter().map(folder).collect(),
+        ..Default::default()
     }
 }
 
