@@ -77,8 +77,8 @@ pub(crate) fn container(id: &str, spec: &[u8], terminal: Terminal, guest: &Guest
     }
     let devices = devices(&mut linux, guest)?;
     refuse_sharing(&spec)?;
-    mount_copies(&mut spec, guest);
-    mount_memory(&mut spec, guest);
+    mount_instead(&mut spec, |source| guest.copies?.of(source));
+    mount_instead(&mut spec, |source| guest.memory?.of(source));
     mount_sockets(&mut spec, guest);
     let users = join_users(&mut linux, &process, guest)?;
     if let Some(propagation) = linux.rootfs_propagation() {
@@ -306,25 +306,11 @@ fn devices(linux: &mut Linux, guest: &Guest<'_>) -> Result<Vec<oci_spec::runtime
     Ok(rules)
 }
 
-/// Has bind mounts of what was copied show the copy.
-fn mount_copies(spec: &mut Spec, guest: &Guest<'_>) {
-    let Some(copies) = guest.copies else { return };
+/// Has bind mounts show what `place` names for their sources, if it names something.
+fn mount_instead<'a>(spec: &mut Spec, place: impl Fn(&Path) -> Option<&'a Path>) {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
-        let copy = mount.source().as_ref().and_then(|source| copies.of(source)).map(Path::to_owned);
-        if copy.is_some() {
-            mount.set_source(copy);
-        }
-    }
-    spec.set_mounts(Some(mounts));
-}
-
-/// Has bind mounts of volumes in the guest's memory show these.
-fn mount_memory(spec: &mut Spec, guest: &Guest<'_>) {
-    let Some(memory) = guest.memory else { return };
-    let mut mounts = spec.mounts().clone().unwrap_or_default();
-    for mount in &mut mounts {
-        let place = mount.source().as_ref().and_then(|source| memory.of(source)).map(Path::to_owned);
+        let place = mount.source().as_deref().and_then(&place).map(Path::to_owned);
         if place.is_some() {
             mount.set_source(place);
         }

@@ -53,8 +53,8 @@ impl MemoryVolume {
     fn among(mounts: &[Mounted], bind: &Bind) -> io::Result<Option<Self>> {
         let source = bind.source.canonicalize()?;
         // The last one at a place is the one that is seen.
-        let mounted = mounts.iter().rfind(|mount| mount.point == source && mount.kind == "tmpfs");
-        let Some(mounted) = mounted else { return Ok(None) };
+        let mounted = mounts.iter().rfind(|mount| mount.point == source);
+        let Some(mounted) = mounted.filter(|mount| mount.kind == "tmpfs") else { return Ok(None) };
         let volume = mounts.iter().find(|mount| {
             mount.device == mounted.device && mount.root == Path::new("/") && is_empty_dir(&mount.point)
         });
@@ -152,6 +152,9 @@ mod tests {
             mounted((0, 9), "/", secret.clone(), "tmpfs"),
             mounted((0, 9), "/x", part.clone(), "tmpfs"),
         ];
+        let covered =
+            [mounted((0, 7), "/", disk.clone(), "tmpfs"), mounted((8, 2), "/", disk.clone(), "ext4")];
+        assert_eq!(MemoryVolume::among(&covered, &bind(disk.clone())).unwrap(), None, "it is mounted over");
         for source in [&disk, &secret, &part, &pod] {
             assert_eq!(MemoryVolume::among(&table, &bind(source.clone())).unwrap(), None, "{source:?}");
         }
